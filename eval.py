@@ -1,0 +1,314 @@
+"""Did the second attempt help? The paper's five metrics, with intervals, on held-out problems.
+
+Acc@t1 and Acc@t2 are the shares of problems right at each attempt; delta(t1,t2) is their
+difference; delta i->c and delta c->i are the shares of *all* problems that went from wrong to right
+and from right to wrong, so that delta = i->c - c->i exactly (arXiv 2409.12917v2, section 3).
+Rates among the wrong or right first attempts alone are called repair rate and spoil rate here.
+
+    python eval.py runs/score-seed0              # again, from the run's weights: same report.json
+    python eval.py runs/score-seed0 --split dev  # on the problems that settings are chosen on
+
+Decoding is greedy, and once more at the training temperature to see what the rewards saw.
+Dimension key: N problems.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import verify
+from model import GPT
+from rollout import END, REVISE, attempts, encode, rollout, toy_encoding
+from score import Config, grade, load, read_config, schedule
+
+# --- intervals ------------------------------------------------------------------------------------
+
+
+def wilson(k: int, n: int) -> list[float]:
+    """Return the 95 % Wilson score interval of a share k / n, as [low, high] within [0, 1].
+
+    Source: Wilson 1927; with no trial at all it is [0, 1].
+
+    >>> [round(x, 4) for x in wilson(5, 10)]
+    [0.2366, 0.7634]
+    """
+    if n == 0:
+        return [0.0, 1.0]
+    z2, p = 1.959963984540054**2, k / n
+    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = (z2 * (p * (1 - p) / n + z2 / (4 * n * n))) ** 0.5 / (1 + z2 / n)
+    return [max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def paired_bootstrap(gained: int, lost: int, n: int) -> list[float]:
+    """Return the 95 % bootstrap interval of (gained - lost) / n over problems, as [low, high].
+
+    Resampling problems, each with both of its attempts, is drawing how many of n fall into gained,
+    lost and unchanged: 10,000 multinomial draws from a fixed seed.
+    """
+    shares = np.array([gained, lost, n - gained - lost]) / n
+    draws = np.random.default_rng(0).multinomial(n, shares, size=10_000)
+    low, high = np.percentile((draws[:, 0] - draws[:, 1]) / n, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+# --- metrics --------------------------------------------------------------------------------------
+
+
+def metrics(right1_N: np.ndarray, right2_N: np.ndarray) -> dict:
+    """Return the five metrics and the two conditional rates, as shares, with intervals.
+
+    Args:
+      right1_N, right2_N: bool, was attempt 1 or 2 right.
+
+    >>> m = metrics(np.array([True, True, False, False]), np.array([True, False, True, True]))
+    >>> m["acc_t1"], m["acc_t2"], m["delta"], m["delta_i_to_c"], m["delta_c_to_i"]
+    (0.5, 0.75, 0.25, 0.5, 0.25)
+    """
+    n = len(right1_N)
+    right1, right2 = int(right1_N.sum()), int(right2_N.sum())
+    gained, lost = int((~right1_N & right2_N).sum()), int((right1_N & ~right2_N).sum())
+    values = {}
+    for name, k, of in (
+        ("acc_t1", right1, n),
+        ("acc_t2", right2, n),
+        ("delta_i_to_c", gained, n),
+        ("delta_c_to_i", lost, n),
+        ("repair_rate", gained, n - right1),
+        ("spoil_rate", lost, right1),
+    ):
+        values[name] = k / of if of else None
+        values[name + "_interval"] = wilson(k, of)
+    values["delta"] = (gained - lost) / n
+    values["delta_interval"] = paired_bootstrap(gained, lost, n)
+    return values | {"n": n}
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Return the Levenshtein distance: the fewest insertions, deletions and replacements.
+
+    >>> edit_distance("kitten", "sitting")
+    3
+    """
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        corner, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            corner, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, corner + (x != y))
+    return row[-1]
+
+
+def edit_ratio(a: str, b: str) -> float:
+    """Return the edit distance over the total length of both, in [0, 1]; 0 for two empty texts.
+
+    Source: arXiv 2409.12917v2, section 4 (edit distance ratio).
+    """
+    return edit_distance(a, b) / max(1, len(a) + len(b))
+
+
+def evaluate(model: GPT, c: Config, problems: list[verify.Problem], temperature: float) -> dict:
+    """Answer each problem twice; return metrics, behaviour, and under "attempts" the texts.
+
+    Greedy at temperature 0; above, sampled from a generator of its own, always the same.
+    """
+    encoding = toy_encoding()
+    device = model.embed.weight.device
+    r = rollout(
+        model,
+        [encode(encoding, problem.prompt) for problem in problems],
+        encode(encoding, REVISE),
+        max_new=c.attempt_limit(),
+        end_id=encode(encoding, END)[0],
+        generator=torch.Generator(device).manual_seed(0),
+        temperature=temperature,
+    )
+    right1_N, right2_N = (reward.cpu().numpy() == 1 for reward in grade(r, problems, encoding))
+    first = attempts(r.ids_BT, r.mask1_BS, r.truncated1_B, encoding)
+    second = attempts(r.ids_BT, r.mask2_BS, r.truncated2_B, encoding)
+    changed_N = np.array([a != b for a, b in zip(first, second, strict=True)])
+    ratios = [edit_ratio(a, b) for a, b in zip(first, second, strict=True)]
+    wrong = int((~right1_N).sum())
+    return metrics(right1_N, right2_N) | {
+        "changed": float(changed_N.mean()),
+        "changed_if_wrong": float(changed_N[~right1_N].mean()) if wrong else None,
+        "edit_ratio": float(np.mean(ratios)),
+        "truncated_t1": float(r.truncated1_B.float().mean()),
+        "truncated_t2": float(r.truncated2_B.float().mean()),
+        "attempts": list(zip(first, second, right1_N.tolist(), right2_N.tolist(), strict=True)),
+    }
+
+
+def diagnose(phases: dict) -> list[str]:
+    """Return sentences on what makes a run not worth reading, if anything does.
+
+    Args:
+      phases: the report's phases in order, the base first.
+    """
+    notes = []
+    base, last = phases["base"], list(phases.values())[-1]
+    repair = base["sampled"]["repair_rate"]
+    if repair is not None and repair < 0.04:
+        notes.append(
+            f"The base repairs {100 * repair:.1f} % of its wrong first attempts when sampled; "
+            "below about 4 % reinforcement learning finds too little to amplify."
+        )
+    changed = last["changed_if_wrong"]
+    if changed is not None and changed < 0.05:
+        notes.append(
+            f"Collapsed: of the wrong first attempts only {100 * changed:.1f} % are changed; the "
+            "second attempt copies the first."
+        )
+    return notes
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+COLUMNS = (
+    ("Acc@t1", "acc_t1"),
+    ("Acc@t2", "acc_t2"),
+    ("Δ(t1,t2)", "delta"),
+    ("Δ i→c", "delta_i_to_c"),
+    ("Δ c→i", "delta_c_to_i"),
+)
+
+
+def table(phases: dict) -> str:
+    """Return the metrics of each phase as a Markdown table, in per cent, with 95 % intervals."""
+    lines = ["| |" + "".join(f" {title} |" for title, _ in COLUMNS), "|---" * 6 + "|"]
+    for name, m in phases.items():
+        cells = []
+        for _, key in COLUMNS:
+            low, high = m[key + "_interval"]
+            sign = "+" if key == "delta" else ""
+            numbers = [f"{100 * x:{sign}.1f}" for x in (m[key], low, high)]
+            cells.append(" {} [{}, {}] |".format(*numbers))
+        lines.append(f"| {TITLES.get(name, name)} |" + "".join(cells))
+    return "\n".join(lines)
+
+
+TITLES = {"base": "base", "stage1": "Stage I", "score": "SCoRe", "multi_turn": "multi-turn RL"}
+
+
+def transcripts(texts: list, problems: list[verify.Problem]) -> list[dict]:
+    """Return the first repair, kept answer and failure, where there is one."""
+    kinds = {
+        "repaired": lambda right1, right2: not right1 and right2,
+        "kept": lambda right1, right2: right1 and right2,
+        "failed": lambda right1, right2: not right2,
+    }
+    found = []
+    for kind, is_one in kinds.items():
+        for (first, second, right1, right2), problem in zip(texts, problems, strict=True):
+            if is_one(right1, right2):
+                found.append(dict(kind=kind, prompt=problem.prompt, attempt1=first,
+                                  attempt2=second, gold=problem.gold))  # fmt: skip
+                break
+    return found
+
+
+def commit() -> str | None:
+    """Return the commit of this code, "+" behind it if the files differ; None outside git."""
+    here = Path(__file__).parent
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
+        return git("rev-parse", "--short", "HEAD").stdout.strip() + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def report(folder: Path, split: str, n: int) -> dict:
+    """Evaluate every finished phase of a run on n problems of a split; return the report.
+
+    Raises:
+      ValueError: there is no run, no finished phase, or a damaged checkpoint.
+    """
+    c = read_config(folder)
+    problems = verify.problems(n, split, np.random.default_rng(0), c.digits, c.split_seed)
+    phases, texts = {}, []
+    for phase in schedule(c):
+        path = folder / f"{phase.name}.pt"
+        if not path.exists() and phases:
+            break
+        content = load(path)
+        model = GPT(c.model()).to(c.device)
+        model.load_state_dict(content["model"])
+        greedy = evaluate(model, c, problems, temperature=0)
+        sampled = evaluate(model, c, problems, temperature=c.temperature)
+        texts = greedy.pop("attempts")
+        del sampled["attempts"]
+        phases[phase.name] = greedy | {
+            "seed": c.seed,
+            "steps": content["steps"],
+            "selected_step": content["step"],
+            "seconds": content["seconds"],
+            "sampled": sampled,
+        }
+    return {
+        "method": c.method,
+        "seed": c.seed,
+        "n": n,
+        "split": split,
+        "seconds": sum(m["seconds"] for m in phases.values()),
+        "commit": commit(),
+        "config": asdict(c),
+        "phases": phases,
+        "diagnosis": diagnose(phases),
+        "transcripts": transcripts(texts, problems),
+    }
+
+
+def show(r: dict) -> None:
+    """Print a report."""
+    print(f"\n{r['n']:,} held-out problems ({r['split']}), greedy, seed {r['seed']}; "
+          "per cent [95 % interval]\n")  # fmt: skip
+    print(table(r["phases"]))
+    for t in r["transcripts"]:
+        print(f"\n{t['kind']:>9}  {t['prompt']}{t['gold']}\n attempt 1  {t['attempt1']}"
+              f"\n attempt 2  {t['attempt2']}")  # fmt: skip
+    for note in r["diagnosis"]:
+        print(f"\nDIAGNOSIS  {note}")
+
+
+def main(argv: list[str]) -> int:
+    """Evaluate a run, print the report, write it into the run's folder. Return the exit status."""
+    parser = argparse.ArgumentParser(prog="eval.py", usage=argparse.SUPPRESS, allow_abbrev=False,
+                                     description="Evaluate a run from its weights.")  # fmt: skip
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("--split", choices=("test", "dev"), default="test", help="which problems")
+    parser.add_argument("--n", type=int, help="how many problems (default: the run's --eval-n)")
+    args = parser.parse_args(argv)
+    start = time.monotonic()
+    try:
+        default = read_config(args.run).eval_n
+        n = default if args.n is None else args.n
+        if n < 1:
+            raise ValueError(f"--n must be at least 1, got {n}")
+        r = report(args.run, args.split, n)
+        usual = (args.split, n) == ("test", default)
+        path = args.run / ("report.json" if usual else f"report-{args.split}-{n}.json")
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps(r, indent=2) + "\n")
+        os.replace(part, path)
+    except (ValueError, OSError) as error:
+        print(f"eval.py: error: {error}", file=sys.stderr)
+        return 2
+    show(r)
+    print(f"\n{r['seconds']:.0f} s of training, {time.monotonic() - start:.0f} s of evaluation; "
+          f"everything is in {args.run}")  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,225 @@
+"""What does the policy compute? A compact decoder-only transformer of the Llama and Qwen2 family.
+
+RMSNorm before each block, rotary positions, SwiGLU, grouped-query attention, optional bias on
+query, key and value, optional tying of the head to the embedding. No loss and no sampling here.
+
+Where it differs from the usual: the key-value cache keeps a length for *each row*. Rows are
+contiguous from slot 0 and slot = position, so ragged prompts need no left padding, and "a query at
+position p sees the slots up to p" is the whole mask. Whatever was written beyond a row's length is
+never seen and is overwritten by the tokens that come to stand there.
+
+    python -c "import model; print(model.GPT(model.GPTConfig(vocab_size=14)))"
+
+Dimension key: B rows, T tokens in this call, S slots of the cache, V vocabulary, D width,
+H query heads, J key-value heads, K head size, F hidden width of the MLP.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Sizes of a model.
+
+    Raises:
+      ValueError: a size is impossible; the message names the field and the value.
+    """
+
+    vocab_size: int
+    n_layer: int = 1
+    n_head: int = 4
+    n_kv_head: int = 4
+    d_model: int = 64
+    d_ff: int = 128
+    max_positions: int = 64
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    tied_head: bool = False
+
+    def __post_init__(self):
+        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.d_model % (2 * self.n_head):
+            raise ValueError(
+                f"d_model must be a multiple of 2 * n_head = {2 * self.n_head} (rotary positions "
+                f"turn pairs), got {self.d_model}"
+            )
+        if self.n_head % self.n_kv_head:
+            raise ValueError(
+                f"n_head must be a multiple of n_kv_head = {self.n_kv_head}, got {self.n_head}"
+            )
+
+
+class Cache:
+    """Keys and values of the tokens that a model has read, preallocated, with a length per row.
+
+    k, v: one [B, S, J, K] tensor a layer. length_B: tokens held by each row, int64.
+    reach: no row is longer than this; a plain int, so that reading it never waits for a device.
+    """
+
+    def __init__(self, model: "GPT", rows: int, slots: int):
+        c, weight = model.config, model.embed.weight
+        if slots > c.max_positions:
+            raise ValueError(f"{slots} tokens do not fit max_positions = {c.max_positions}")
+        shape = (rows, slots, c.n_kv_head, c.d_model // c.n_head)
+        self.k = [weight.new_zeros(shape) for _ in range(c.n_layer)]
+        self.v = [weight.new_zeros(shape) for _ in range(c.n_layer)]
+        self.length_B = torch.zeros(rows, dtype=torch.long, device=weight.device)
+        self.reach = 0
+
+
+def rotary_table(config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cos and signed sin of position times frequency, each [max_positions, K], float32.
+
+    Source: Su et al., RoFormer, arXiv 2104.09864, eq. 15, with element k paired with k + K/2.
+    """
+    half = config.d_model // config.n_head // 2
+    frequency_K = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(config.max_positions, dtype=torch.float64)[:, None] * frequency_K
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def rotate(x_BTHK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn each pair (x[k], x[k + K/2]) by its angle; cos and sin broadcast to [B, T, 1, K]."""
+    a, b = x_BTHK.chunk(2, dim=-1)
+    return x_BTHK * cos + torch.cat([b, a], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; n_kv_head < n_head shares keys and values."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        head = config.d_model // config.n_head
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        width = (config.n_head + 2 * config.n_kv_head) * head
+        self.qkv = nn.Linear(config.d_model, width, bias=config.qkv_bias)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+
+    def forward(self, x_BTD, cos, sin, kept=None):
+        """`kept`: this layer's cached k and v [B, S, J, K], where to write, and what to see."""
+        B, T, D = x_BTD.shape
+        H, J = self.n_head, self.n_kv_head
+        qk, v = self.qkv(x_BTD).view(B, T, H + 2 * J, D // H).split([H + J, J], dim=2)
+        q, k = rotate(qk, cos, sin).split([H, J], dim=2)
+        mask_B1TS = None
+        if kept is not None:
+            k_BSJK, v_BSJK, position_BT, mask_B1TS = kept
+            row_B1 = torch.arange(B, device=x_BTD.device)[:, None]
+            k_BSJK[row_B1, position_BT] = k
+            v_BSJK[row_B1, position_BT] = v
+            reach = mask_B1TS.shape[-1]
+            k, v = k_BSJK[:, :reach], v_BSJK[:, :reach]
+        y_BHTK = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask_B1TS,
+            is_causal=mask_B1TS is None,
+            enable_gqa=H != J,
+        )
+        return self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """SwiGLU. Source: Shazeer, arXiv 2002.05202, eq. 6."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x_BTD):
+        gate_BTF, up_BTF = self.gate_up(x_BTD).chunk(2, dim=-1)
+        return self.down(F.silu(gate_BTF) * up_BTF)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.norm1 = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.norm2 = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTD, cos, sin, kept=None):
+        x_BTD = x_BTD + self.attention(self.norm1(x_BTD), cos, sin, kept)
+        return x_BTD + self.mlp(self.norm2(x_BTD))
+
+
+class GPT(nn.Module):
+    """The language model: `logits_BTV = model(ids_BT)`, or in chunks with a `Cache`.
+
+    Args:
+      seed: of the initial weights, which depend on nothing else.
+    """
+
+    def __init__(self, config: GPTConfig, seed: int = 0):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tied_head:
+            self.head.weight = self.embed.weight
+        cos, sin = rotary_table(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.initialise(seed)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Normal(0, 0.02) weights, narrower into the residual stream (GPT-2); norms 1, biases 0."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if name.endswith("bias"):
+                weight.zero_()
+            elif "norm" not in name:
+                into_residual = name.endswith(("out.weight", "down.weight"))
+                scale = (2 * self.config.n_layer) ** -0.5 if into_residual else 1.0
+                weight.normal_(0.0, 0.02 * scale, generator=generator)
+
+    def forward(self, ids_BT, cache=None, n_new_B=None):
+        """Return logits [B, T, V] of the token after each token of ids_BT (int64, right-padded).
+
+        Without a cache the rows start at position 0, and padding on the right changes nothing to
+        its left. With one, the rows go on where they stand; n_new_B (int64, default T each) says
+        how many of the T tokens are real, and the cache is advanced by as many.
+        """
+        return self.head(self.hidden(ids_BT, cache, n_new_B))
+
+    def hidden(self, ids_BT, cache=None, n_new_B=None):
+        """Return the final normalised states [B, T, D]; `head` makes logits of those one needs."""
+        B, T = ids_BT.shape
+        if cache is None:
+            if T > self.config.max_positions:
+                limit = self.config.max_positions
+                raise ValueError(f"{T} tokens do not fit max_positions = {limit}")
+            cos, sin = self.cos[:T, None], self.sin[:T, None]
+            kept = [None] * len(self.blocks)
+        else:
+            cache.reach += T
+            if cache.reach > cache.k[0].shape[1]:
+                slots = cache.k[0].shape[1]
+                raise ValueError(f"a cache of {slots} slots cannot take {cache.reach} tokens")
+            position_BT = cache.length_B[:, None] + torch.arange(T, device=ids_BT.device)
+            slot_S = torch.arange(cache.reach, device=ids_BT.device)
+            mask_B1TS = (slot_S <= position_BT[..., None])[:, None]
+            cos, sin = self.cos[position_BT][:, :, None], self.sin[position_BT][:, :, None]
+            kept = [(k, v, position_BT, mask_B1TS) for k, v in zip(cache.k, cache.v, strict=True)]
+        x_BTD = self.embed(ids_BT)
+        for block, layer in zip(self.blocks, kept, strict=True):
+            x_BTD = block(x_BTD, cos, sin, layer)
+        if cache is not None:
+            cache.length_B += T if n_new_B is None else n_new_B
+        return self.norm(x_BTD)
