@@ -26,8 +26,9 @@ import torch
 
 import verify
 from model import GPT
-from rollout import END, REVISE, attempts, encode, rollout, toy_encoding
-from score import Config, grade, load, read_config, schedule
+from rollout import attempts, grade, toy_encoding
+from run import Config, device, load, read_config, schedule
+from score import sample
 
 # --- intervals ------------------------------------------------------------------------------------
 
@@ -119,18 +120,9 @@ def evaluate(model: GPT, c: Config, problems: list[verify.Problem], temperature:
 
     Greedy at temperature 0; above, sampled from a generator of its own, always the same.
     """
-    encoding = toy_encoding()
-    device = model.embed.weight.device
-    r = rollout(
-        model,
-        [encode(encoding, problem.prompt) for problem in problems],
-        encode(encoding, REVISE),
-        max_new=c.attempt_limit(),
-        end_id=encode(encoding, END)[0],
-        generator=torch.Generator(device).manual_seed(0),
-        temperature=temperature,
-    )
-    right1_N, right2_N = (reward.cpu().numpy() == 1 for reward in grade(r, problems, encoding))
+    generator = torch.Generator(c.device).manual_seed(0)
+    r, encoding = sample(model, c, problems, generator, temperature), toy_encoding()
+    right1_N, right2_N = (reward.cpu().numpy() == 1 for reward in grade(r, problems))
     first = attempts(r.ids_BT, r.mask1_BS, r.truncated1_B, encoding)
     second = attempts(r.ids_BT, r.mask2_BS, r.truncated2_B, encoding)
     changed_N = np.array([a != b for a, b in zip(first, second, strict=True)])
@@ -242,7 +234,7 @@ def report(folder: Path, split: str, n: int) -> dict:
         if not path.exists() and phases:
             break
         content = load(path)
-        model = GPT(c.model()).to(c.device)
+        model = GPT(c.model()).to(device(c.device))
         model.load_state_dict(content["model"])
         greedy = evaluate(model, c, problems, temperature=0)
         sampled = evaluate(model, c, problems, temperature=c.temperature)

@@ -13,16 +13,19 @@ N tokens of one attempt, C tokens of a chunk that is read, V vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import tiktoken
 import torch
 
+import verify
 from model import GPT, Cache
 
 END, REVISE = "<|end|>", "<|revise|>"
 
 
+@cache
 def toy_encoding() -> tiktoken.Encoding:
     """Return the toy's tokenizer: one token a character of 0-9 + =, and the two special tokens.
 
@@ -297,3 +300,36 @@ def attempts(ids_BT, mask_BS, truncated_B, encoding: tiktoken.Encoding) -> list[
         own = [token for token, inside in zip(ids, mask, strict=True) if inside]
         texts.append(encoding.decode(own if truncated else own[:-1]))
     return texts
+
+
+def grade(r: Rollout, problems: list[verify.Problem]) -> tuple[torch.Tensor, ...]:
+    """Return the rewards of both attempts, float32 [B] each, 0 or 1.
+
+    Raises:
+      RuntimeError: a verifier failed, or a gold answer is unreadable: never scored as 0.
+    """
+    encoding, rewards = toy_encoding(), []
+    for mask_BS, cut_B in ((r.mask1_BS, r.truncated1_B), (r.mask2_BS, r.truncated2_B)):
+        answers = attempts(r.ids_BT, mask_BS, cut_B, encoding)
+        verdicts = [
+            verify.arithmetic(answer, problem.gold, cut)
+            for answer, problem, cut in zip(answers, problems, cut_B.tolist(), strict=True)
+        ]
+        for verdict, problem in zip(verdicts, problems, strict=True):
+            if verdict.reward is None:
+                raise RuntimeError(f"no verdict on {problem.prompt!r}: {verdict.detail}")
+        rewards.append(torch.tensor([float(v.reward) for v in verdicts], device=cut_B.device))
+    return tuple(rewards)
+
+
+def read_documents(documents, device) -> Rollout:
+    """Lay out documents (prompt, draft, revision) exactly as a rollout lays out its samples."""
+    encoding, turns = toy_encoding(), []
+    prompts, drafts, revisions = zip(*documents, strict=True)
+    for texts in (drafts, revisions):
+        ids_BN, n_B = pad([encode(encoding, text + END) for text in texts], device)
+        zeros_BN = torch.zeros(ids_BN.shape, device=device)
+        turns.append(Turn(ids_BN, n_B, zeros_BN, torch.zeros_like(n_B, dtype=torch.bool)))
+    prompt = pad([encode(encoding, text) for text in prompts], device)
+    instruction = pad([encode(encoding, REVISE)] * len(documents), device)
+    return assemble(prompt, turns[0], instruction, turns[1])

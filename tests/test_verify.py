@@ -155,9 +155,7 @@ def gold(prompt):
 
 def test_revisions_are_right_copied_or_careless_in_the_given_shares():
     """Drafts all wrong (or rightly summed by luck), so the three kinds can be told apart."""
-    documents = [
-        (p, d, r) for p, d, r in corpus(20_000, right_draft=0.0) if int(d) != gold(p)
-    ]
+    documents = [(p, d, r) for p, d, r in corpus(20_000, right_draft=0.0) if int(d) != gold(p)]
     n = len(documents)
     copied = sum(d == r for _, d, r in documents) / n
     right = sum(int(r) == gold(p) for p, _, r in documents) / n

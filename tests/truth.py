@@ -33,7 +33,7 @@ def load_program(*edits: tuple[str, str, str]) -> types.SimpleNamespace:
     Raises:
       AssertionError: an edit's old text is not in the file exactly once.
     """
-    names = ("verify", "model", "rollout", "score")
+    names = ("verify", "model", "rollout", "run", "score")
     before = {name: sys.modules.pop(name, None) for name in names}
     try:
         for name in names:

@@ -1,0 +1,329 @@
+"""What is a run? Its settings, its phases, its folder, and checkpoints that are whole or absent.
+
+Nothing here is needed to understand SCoRe; `score.py` is the method and its loop. A folder holds
+config.json, log.jsonl (a line a step), checkpoint.pt (all that the next step depends on), one
+<phase>.pt of weights for each finished phase, and eval.py's report.json.
+
+    python score.py --help                   # every setting, its default and what it accepts
+    python score.py --resume runs/score-seed0
+"""
+
+import argparse
+import copy
+import json
+import os
+import re
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import verify
+from model import GPT, GPTConfig
+from rollout import toy_encoding
+
+# --- settings: one line a knob --------------------------------------------------------------------
+
+
+def knob(default, text: str, low=None, high=None, choices=None):
+    """Return a dataclass field that is also a command-line option, with what it accepts."""
+    return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run; every field is an option of the command line.
+
+    Raises:
+      ValueError: a value is impossible; the message names the option and what is accepted.
+    """
+
+    method: str = knob("score", "what follows the base model", choices=("score", "multi_turn"))
+    seed: int = knob(0, "of weights, problems and samples", 0, 2**31)
+    device: str = knob("cpu", "cpu, cuda or cuda:N")
+    # task
+    digits: int = knob(5, "digits of each operand", 1, verify.MAX_OPERAND_DIGITS)
+    split_seed: int = knob(0, "of the split into train, dev and test problems", 0, 2**31)
+    # model
+    n_layer: int = knob(1, "blocks", 1, 1000)
+    n_head: int = knob(4, "query heads", 1, 1000)
+    n_kv_head: int = knob(4, "key-value heads", 1, 1000)
+    d_model: int = knob(64, "width", 1, 2**20)
+    d_ff: int = knob(128, "hidden width of the MLP", 1, 2**20)
+    rope_theta: float = knob(100.0, "base of the rotary wavelengths", 1, 1e9)
+    qkv_bias: bool = knob(False, "bias on query, key and value")
+    # base model
+    sft_steps: int = knob(1200, "steps of supervised training of the base", 1, 10**9)
+    sft_batch: int = knob(256, "documents a step", 1, 2**20)
+    sft_lr: float = knob(6e-3, "peak learning rate, then linear to 0", 0, 1)
+    forget: float = knob(0.5, "probability that a draft slips a carry at a column of 9", 0, 1)
+    right_draft: float = knob(0.2, "probability of a right draft", 0, 1)
+    right_revision: float = knob(0.25, "probability of a right revision", 0, 1)
+    copy: float = knob(0.45, "probability that the revision copies the draft", 0, 1)
+    # reinforcement learning
+    stage1_steps: int = knob(200, "steps of Stage I", 1, 10**9)
+    stage2_steps: int = knob(300, "steps of Stage II", 1, 10**9)
+    rounds: int = knob(1, "how often the two stages alternate, sharing their steps", 1, 1000)
+    stage1_gain: float = knob(0, "end Stage I when delta has risen by this; 0: by steps", 0, 1)
+    batch: int = knob(512, "rollouts a step", 2, 2**20)
+    group: int = knob(4, "rollouts of each problem (leave-one-out baseline)", 2, 2**20)
+    micro_batch: int = knob(0, "rollouts in one backward pass, whole groups; 0: all", 0, 2**20)
+    lr: float = knob(1e-3, "learning rate", 0, 1)
+    warmup: int = knob(20, "steps of linear warm-up in each phase", 0, 10**9)
+    clip: float = knob(1.0, "limit of the gradient's norm", 1e-9, 1e9)
+    temperature: float = knob(1.0, "of the samples and of all log-probabilities", 0.01, 100)
+    max_new: int = knob(0, "limit of an attempt, in tokens; 0: just enough", 0, 2**20)
+    alpha: float = knob(10.0, "weight of the progress bonus in Stage II", 0, 1e6)
+    beta1: float = knob(0.01, "weight of the KL to the base, both turns and stages", 0, 1e6)
+    beta2: float = knob(0.1, "weight of the KL that holds attempt 1 in Stage I", 0, 1e6)
+    adaptive_beta2: bool = knob(False, "balance beta2's KL with attempt 2's reward")
+    kl: str = knob("exact", "estimator of the KL", choices=("exact", "k1"))
+    offline: float = knob(0, "share of Stage II's problems with the base's attempt 1", 0, 0.99)
+    select: str = knob("best", "which weights the last phase keeps", choices=("best", "last"))
+    # reports
+    eval_n: int = knob(2000, "held-out problems in the final table", 1, 10**6)
+    save_every: int = knob(100, "steps between checkpoints", 1, 10**9)
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, option = getattr(self, f.name), "--" + f.name.replace("_", "-")
+            low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+            if choices and value not in choices:
+                raise ValueError(f"{option} must be one of {', '.join(choices)}, got {value!r}")
+            if low is not None and not low <= value <= high:
+                raise ValueError(f"{option} must be between {low:g} and {high:g}, got {value}")
+        for option, rows in (("--batch", self.batch), ("--micro-batch", self.micro_batch)):
+            if rows % self.group:
+                raise ValueError(f"{option} must be a multiple of --group {self.group}, got {rows}")
+        if self.right_revision + self.copy > 1:
+            raise ValueError(f"--right-revision {self.right_revision} and --copy {self.copy} "
+                             "must add up to at most 1")  # fmt: skip
+        if self.rounds > min(self.stage1_steps, self.stage2_steps):
+            raise ValueError(f"--rounds must be at most the steps of a stage, got {self.rounds}")
+        self.model()
+
+    def attempt_limit(self) -> int:
+        """Return the most tokens of an attempt: by default a sum's digits and its end of turn."""
+        return self.max_new or self.digits + 2
+
+    def model(self) -> GPTConfig:
+        """Return the sizes of the model, which must hold a prompt, two attempts, an instruction."""
+        encoding = toy_encoding()
+        return GPTConfig(
+            encoding.n_vocab, self.n_layer, self.n_head, self.n_kv_head, self.d_model, self.d_ff,
+            rope_theta=self.rope_theta, qkv_bias=self.qkv_bias,
+            max_positions=2 * self.digits + 2 + 2 * self.attempt_limit() + 1,
+        )  # fmt: skip
+
+
+class Phase(NamedTuple):
+    """One phase of a run: what is optimised ("sft", "stage1" or "stage2") and for how long."""
+
+    name: str
+    objective: str
+    steps: int
+    alpha: float = 0.0
+
+
+def schedule(c: Config) -> list[Phase]:
+    """Return the phases of a run. The last is named after the method, and its weights selected.
+
+    >>> [(p.name, p.steps) for p in schedule(Config(rounds=2, stage1_steps=3, stage2_steps=4))]
+    [('base', 1200), ('stage1-1', 1), ('stage2-1', 2), ('stage1-2', 2), ('score', 2)]
+    """
+    base = Phase("base", "sft", c.sft_steps)
+    if c.method == "multi_turn":  # eq. 4 without the bonus, as many steps as both stages have
+        return [base, Phase("multi_turn", "stage2", c.stage1_steps + c.stage2_steps)]
+    phases = [base]
+    for i in range(c.rounds):
+        end = "" if c.rounds == 1 else f"-{i + 1}"
+        share1, share2 = (
+            steps * (i + 1) // c.rounds - steps * i // c.rounds
+            for steps in (c.stage1_steps, c.stage2_steps)
+        )
+        phases += [
+            Phase("stage1" + end, "stage1", share1),
+            Phase("stage2" + end, "stage2", share2, c.alpha),
+        ]
+    return [*phases[:-1], phases[-1]._replace(name=c.method)]
+
+
+def parse(argv: list[str]) -> tuple[Config | None, Path]:
+    """Return the settings and folder of a new run, or None and the folder of one to resume."""
+    parser = argparse.ArgumentParser(
+        prog="score.py", usage=argparse.SUPPRESS, description="Train SCoRe on toy arithmetic.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--run", type=Path, help="folder to create (default: runs/METHOD-seedSEED)")
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run, and no more")
+    for f in fields(Config):
+        option, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if f.type is bool:
+            parser.add_argument(option, action="store_true", help=text)
+        else:
+            parser.add_argument(
+                option, type=f.type, default=f.default, choices=f.metadata["choices"], help=text
+            )
+    args = vars(parser.parse_args(argv))
+    folder, resume = args.pop("run"), args.pop("resume")
+    if resume is not None:
+        if len(argv) > 2:
+            raise ValueError("--resume takes all settings from the run: give no other option")
+        return None, resume
+    config = Config(**args)
+    return config, folder or Path("runs") / f"{config.method}-seed{config.seed}"
+
+
+# --- the run: what it carries from step to step ---------------------------------------------------
+
+BLOCK = 20  # steps: training reward and delta are judged on means over a block
+
+
+@dataclass
+class Progress:
+    """Where a run stands, within a phase. JSON values only."""
+
+    phase: int = 0
+    step: int = 0  # finished steps of this phase
+    beta2: float = 0.0
+    block: list = field(default_factory=list)  # (training reward, delta) since the last full block
+    first_delta: float | None = None  # means over the phase's first and last full block
+    last_delta: float | None = None
+    best_reward: float | None = None  # the best block's mean
+    best_step: int = 0
+    seconds: float = 0.0
+    log_bytes: int = 0
+
+
+@dataclass
+class Run:
+    """A run in memory: settings, folder, models, optimiser, the two sources of randomness."""
+
+    config: Config
+    folder: Path
+    policy: GPT
+    base: GPT | None  # frozen; None until the base is trained
+    optimizer: torch.optim.Optimizer
+    best: dict | None  # weights of the best block
+    problem_rng: np.random.Generator
+    sampler: torch.Generator
+    progress: Progress
+
+
+def new_run(c: Config, folder: Path) -> Run:
+    """Return a run at its first step; nothing is written."""
+    weights, problems, samples = np.random.SeedSequence(c.seed).generate_state(3, np.uint64)
+    policy = GPT(c.model(), seed=int(weights >> 1)).to(device(c.device))
+    sampler = torch.Generator(c.device).manual_seed(int(samples >> 1))
+    rng = np.random.default_rng(int(problems))
+    return Run(
+        c, folder, policy, None, new_optimizer(policy), None, rng, sampler, Progress(beta2=c.beta2)
+    )
+
+
+def device(name: str) -> torch.device:
+    """Return a device that exists, or raise ValueError."""
+    if name != "cpu" and not re.fullmatch(r"cuda(:\d+)?", name):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    if name != "cpu" and int(name[5:] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return torch.device(name)
+
+
+def new_optimizer(policy: GPT) -> torch.optim.Optimizer:
+    """Return a fresh AdamW, as every phase starts with; its rate is set at each step."""
+    return torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+
+
+# --- files: checkpoints that are whole or absent --------------------------------------------------
+
+
+def save(content: dict, path: Path) -> None:
+    """Write a file of tensors under a temporary name, then rename it: never half a checkpoint."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def load(path: Path) -> dict:
+    """Read what `save` wrote, on the CPU.
+
+    Raises:
+      ValueError: the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises a dozen kinds, depending on which bytes are damaged
+        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
+
+
+def save_checkpoint(run: Run) -> None:
+    """Write all that the next step depends on."""
+    content = {
+        "policy": run.policy.state_dict(),
+        "base": run.base and run.base.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "best": run.best,
+        "problem_rng": json.dumps(run.problem_rng.bit_generator.state),
+        "sampler": run.sampler.get_state(),
+        "progress": asdict(run.progress),
+    }
+    save(content, run.folder / "checkpoint.pt")
+
+
+def create(config: Config, folder: Path) -> Run:
+    """Start a run in a folder that must not exist yet."""
+    run = new_run(config, folder)
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise ValueError(
+            f"{folder} exists and is left alone: continue it with --resume {folder}, "
+            "or choose another with --run"
+        ) from None
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    (folder / "log.jsonl").touch()
+    save_checkpoint(run)
+    return run
+
+
+def read_config(folder: Path) -> Config:
+    """Return the settings of a run.
+
+    Raises:
+      ValueError: there is no such run, or its config.json is damaged or of another version.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a run: it has no config.json")
+    try:
+        return Config(**json.loads(path.read_text()))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a readable configuration: {error}") from None
+
+
+def restore(folder: Path) -> Run:
+    """Return a run as its last checkpoint left it."""
+    run = new_run(read_config(folder), folder)
+    path = folder / "checkpoint.pt"
+    content = load(path)
+    try:
+        run.policy.load_state_dict(content["policy"])
+        if content["base"] is not None:
+            run.base = copy.deepcopy(run.policy).requires_grad_(False)
+            run.base.load_state_dict(content["base"])
+        run.optimizer.load_state_dict(content["optimizer"])
+        run.best = content["best"]
+        run.problem_rng.bit_generator.state = json.loads(content["problem_rng"])
+        run.sampler.set_state(content["sampler"])
+        run.progress = Progress(**content["progress"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not fit {folder / 'config.json'}: {error}") from None
+    return run
