@@ -179,15 +179,17 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Normal(0, 0.02) weights, narrower into the residual stream (GPT-2); norms 1, biases 0."""
+        """Embedding Normal(0, 0.02), matrices Normal(0, 1 / fan-in), the variance of those into the
+        residual stream divided by their number (GPT-2); norms 1, biases 0."""
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
                 weight.zero_()
             elif "norm" not in name:
-                into_residual = name.endswith(("out.weight", "down.weight"))
-                scale = (2 * self.config.n_layer) ** -0.5 if into_residual else 1.0
-                weight.normal_(0.0, 0.02 * scale, generator=generator)
+                std = 0.02 if name == "embed.weight" else weight.shape[1] ** -0.5
+                if name.endswith(("out.weight", "down.weight")):
+                    std *= (2 * self.config.n_layer) ** -0.5
+                weight.normal_(0.0, std, generator=generator)
 
     def forward(self, ids_BT, cache=None, n_new_B=None):
         """Return logits [B, T, V] of the token after each token of ids_BT (int64, right-padded).

@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -328,35 +329,41 @@ def train(run: Run, stop: threading.Event) -> bool:
     Each phase ends with its weights in `<phase>.pt`. The frozen base is the same for every phase
     after the first: it is never replaced by what Stage I made of it.
     """
-    phases = schedule(run.config)
-    log = open(run.folder / "log.jsonl", "r+b")
-    log.truncate(run.progress.log_bytes)  # drop what was logged after the last checkpoint
-    log.seek(run.progress.log_bytes)
-    while run.progress.phase < len(phases):
-        p, phase = run.progress, phases[run.progress.phase]
-        clock = time.monotonic() - p.seconds
-        if phase.objective != "sft":
-            check_sampler(run.policy, run.config)
-        while p.step < phase.steps and not enough(run, phase):
-            for group in run.optimizer.param_groups:
-                group["lr"] = learning_rate(run.config, phase, p.step)
-            row = sft_step(run) if phase.objective == "sft" else rl_step(run, phase)
-            p.step += 1
-            if phase.objective != "sft":
-                judge_block(run, phase, row)
-            line = json.dumps({"phase": phase.name, "step": p.step, **row}) + "\n"
-            log.write(line.encode())
-            log.flush()
-            p.log_bytes += len(line)
-            p.seconds = time.monotonic() - clock
-            if p.step % BLOCK == 0 or p.step == phase.steps:
-                show_progress(run, phase, row)
-            if stop.is_set() or p.step % run.config.save_every == 0:
-                save_checkpoint(run)
-            if stop.is_set():
+    with open(run.folder / "log.jsonl", "r+b") as log:
+        log.truncate(run.progress.log_bytes)  # drop what was logged after the last checkpoint
+        log.seek(run.progress.log_bytes)
+        for phase in schedule(run.config)[run.progress.phase :]:
+            if not train_phase(run, phase, log, stop):
                 return False
-        finish_phase(run, phase)
-        save_checkpoint(run)
+    return True
+
+
+def train_phase(run: Run, phase: Phase, log: BinaryIO, stop: threading.Event) -> bool:
+    """Take the steps of a phase that are left; log, show and save. Return False if stopped."""
+    p, c = run.progress, run.config
+    clock = time.monotonic() - p.seconds
+    if phase.objective != "sft":
+        check_sampler(run.policy, c)
+    while p.step < phase.steps and not enough(run, phase):
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(c, phase, p.step)
+        row = sft_step(run) if phase.objective == "sft" else rl_step(run, phase)
+        p.step += 1
+        if phase.objective != "sft":
+            judge_block(run, phase, row)
+        line = json.dumps({"phase": phase.name, "step": p.step, **row}) + "\n"
+        log.write(line.encode())
+        log.flush()
+        p.log_bytes += len(line)
+        p.seconds = time.monotonic() - clock
+        if p.step % BLOCK == 0 or p.step == phase.steps:
+            show_progress(run, phase, row)
+        if stop.is_set() or p.step % c.save_every == 0:
+            save_checkpoint(run)
+        if stop.is_set():
+            return False
+    finish_phase(run, phase)
+    save_checkpoint(run)
     return True
 
 

@@ -12,8 +12,6 @@ from test_model import model
 import rollout
 from model import Cache
 
-settings.register_profile("project", derandomize=True, deadline=None)
-settings.load_profile("project")
 
 END, INSTRUCTION = 4, [7, 9, 7]
 

@@ -2,13 +2,11 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import verify
 
-settings.register_profile("project", derandomize=True, deadline=None)
-settings.load_profile("project")
 
 
 @pytest.mark.parametrize(

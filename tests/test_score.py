@@ -1,0 +1,303 @@
+"""The losses and the step: groups, micro-batches, padding, order, and that it learns."""
+
+import copy
+import json
+
+import pytest
+import torch
+import truth
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rollout
+import run as runs
+import score
+
+
+@given(st.integers(2, 5), st.integers(1, 4), st.integers(0, 99))
+def test_the_baseline_is_the_mean_of_the_others(G, n, seed):
+    reward = torch.rand(n * G, generator=torch.Generator().manual_seed(seed)).tolist()
+    expected = []
+    for i in range(n * G):
+        first = i // G * G
+        others = [reward[j] for j in range(first, first + G) if j != i]
+        expected.append(sum(others) / len(others))
+    found = score.leave_one_out(torch.tensor(reward), G)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "G"), [(4, 1), (4, 3), (3, 2), (2, 0)])
+def test_groups_that_have_no_others_are_refused(rows, G):
+    with pytest.raises(ValueError, match=f"G = {G} and {rows} rows"):
+        score.leave_one_out(torch.zeros(rows), G)
+
+
+def test_returns_of_the_second_turn_in_stage_2():
+    """The four cases of the paper's alpha = 10, worked by hand."""
+    r1, r2 = torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([0.0, 1.0, 0.0, 1.0])
+    assert score.shaped_reward(r1, r2, 10.0).tolist() == [0, 11, -10, 1]
+
+
+def random_rollout(n=12):
+    """Return rows of several lengths in the truth's tiny world, sampled, with rewards."""
+    program = truth.load_program()
+    policy, base = truth.tiny_model(program, 1), truth.tiny_model(program, 2)
+    order = torch.randperm(len(truth.PAIRS), generator=torch.Generator().manual_seed(0))
+    r, *rewards = truth.all_rows(program, [truth.PAIRS[i] for i in order[:n]])
+    return policy, base, r, rewards
+
+
+def gradient(policy, base, r, rewards, stage, kl="exact", micro_batch=None, G=2):
+    """Return the gradient of the mean loss, as the step takes it, and the loss of each row."""
+    policy.zero_grad()
+    losses, n = [], len(r.ids_BT)
+    micro_batch = micro_batch or n
+    for at in range(0, n, micro_batch):
+        part, here = r.rows(at, at + micro_batch), slice(at, at + micro_batch)
+        logp, kl1, kl2 = score.score_terms(policy, base, part, 0.8, kl)
+        if stage == "stage1":
+            loss = score.loss_stage1(logp, part.mask2_BS, kl1, kl2, rewards[1][here], G, 0.3, 0.7)
+        else:
+            loss = score.loss_stage2(
+                logp, score.own_mask1(part), part.mask2_BS, kl1, kl2,
+                rewards[0][here], rewards[1][here], G, 3.0, 0.3,
+            )  # fmt: skip
+        (loss.sum() / n).backward()
+        losses.append(loss.detach())
+    return torch.cat([w.grad.reshape(-1) for w in policy.parameters()]), torch.cat(losses)
+
+
+def assert_same(a, b):
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("kl", ["exact", "k1"])
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_micro_batches_padding_and_order_change_nothing(stage, kl):
+    policy, base, r, rewards = random_rollout()
+    whole = gradient(policy, base, r, rewards, stage, kl)
+    assert whole[0].norm() > 0.01
+    for micro_batch in (2, 4, 6):
+        assert_same(gradient(policy, base, r, rewards, stage, kl, micro_batch), whole)
+
+    padded = copy.copy(r)  # nonsense behind every row, and one more column of it
+    beyond = torch.arange(r.ids_BT.shape[1]) >= r.length_B[:, None]
+    padded.ids_BT = torch.cat([r.ids_BT.masked_fill(beyond, 2), r.ids_BT[:, :1]], dim=1)
+    for name in ("mask1_BS", "mask2_BS", "logp_BS"):
+        wide = torch.nn.functional.pad(getattr(r, name), (0, 1))
+        setattr(padded, name, wide)
+    padded.length_B = r.length_B + 1
+    padded.length_B[0] = padded.ids_BT.shape[1]
+    assert_same(gradient(policy, base, padded, rewards, stage, kl), whole)
+
+    groups = torch.tensor([4, 0, 5, 2, 1, 3])
+    order = (groups[:, None] * 2 + torch.arange(2)).view(-1)
+    moved = rollout.Rollout(**{name: value[order] for name, value in vars(r).items()})
+    g, losses = gradient(policy, base, moved, [x[order] for x in rewards], stage, kl)
+    assert_same((g, losses), (whole[0], whole[1][order]))
+
+
+@pytest.mark.parametrize("kl", ["exact", "k1"])
+def test_no_gradient_reaches_the_base_and_no_input_is_changed(kl):
+    policy, base, r, rewards = random_rollout()
+    before = {name: value.clone() for name, value in vars(r).items()}
+    gradient(policy, base, r, rewards, "stage2", kl)
+    assert all(weight.grad is None for weight in base.parameters())
+    assert all(torch.equal(before[name], value) for name, value in vars(r).items())
+
+
+@pytest.mark.parametrize("kl", ["exact", "k1"])
+def test_the_kl_of_equal_models_is_zero(kl):
+    policy, _, r, _ = random_rollout()
+    _, kl1, kl2 = score.score_terms(policy, policy, r, 0.8, kl)
+    assert kl1.abs().max() < 1e-12 and kl2.abs().max() < 1e-12
+
+
+def test_the_kls_value_is_the_sum_over_the_attempts_tokens():
+    policy, base, r, _ = random_rollout()
+    law, ref = (torch.log_softmax(m(r.ids_BT[:, :-1]) / 0.8, -1).tolist() for m in (policy, base))
+    for kl in ("exact", "k1"):
+        _, kl1, kl2 = score.score_terms(policy, base, r, 0.8, kl)
+        for found, mask in ((kl1, r.mask1_BS), (kl2, r.mask2_BS)):
+            for b, row in enumerate(mask.tolist()):
+                total = 0.0
+                for s in [s for s, inside in enumerate(row) if inside]:
+                    p, q = law[b][s], ref[b][s]
+                    token = r.ids_BT[b, s + 1].item()
+                    if kl == "k1":
+                        total += p[token] - q[token]
+                    else:
+                        total += sum(2.718281828459045**x * (x - y) for x, y in zip(p, q, strict=True))
+                assert abs(found[b].item() - total) < 1e-12
+
+
+@pytest.mark.parametrize("kl", ["exact", "k1"])
+def test_offline_first_attempts_are_context_not_actions(kl):
+    """Their tokens get no gradient: neither reward nor KL of turn 1 enters such a row's loss."""
+    policy, base, r, rewards = random_rollout()
+    r.offline1_B = torch.ones_like(r.offline1_B)
+    a = gradient(policy, base, r, rewards, "stage2", kl)
+    no_turn1 = copy.copy(r)
+    no_turn1.mask1_BS = torch.zeros_like(r.mask1_BS)
+    assert_same(a, gradient(policy, base, no_turn1, rewards, "stage2", kl))
+    r.offline1_B[:] = False
+    assert not torch.allclose(a[0], gradient(policy, base, r, rewards, "stage2", kl)[0])
+
+
+def test_sft_loss_is_the_tokens_cross_entropy():
+    documents = [("12+34=", "046", "45"), ("00+01=", "1", "001")]
+    r = rollout.read_documents(documents, "cpu")
+    encoding = rollout.toy_encoding()
+    for row, mask1, mask2, (prompt, draft, revision) in zip(
+        r.ids_BT, r.mask1_BS, r.mask2_BS, documents, strict=True
+    ):
+        text = f"{prompt}{draft}<|end|><|revise|>{revision}<|end|>"
+        ids = rollout.encode(encoding, text)
+        assert row[: len(ids)].tolist() == ids
+        assert encoding.decode(row[1:][mask1].tolist()) == draft + "<|end|>"
+        assert encoding.decode(row[1:][mask2].tolist()) == revision + "<|end|>"
+    logp = torch.tensor([[-1.0, -2.0, -4.0]])
+    assert score.loss_sft(logp, torch.tensor([[True, False, True]])).tolist() == [5.0]
+
+
+def test_beta2_is_drawn_to_the_balance_and_kept_in_bounds():
+    beta2 = 0.1
+    for _ in range(200):
+        beta2 = score.balanced_beta2(beta2, reward2=0.6, kl1=2.0, start=0.1)
+    assert abs(beta2 - 0.3) < 1e-6
+    for kl1, bound in ((0.0, 1.0), (1e9, 0.01)):
+        for _ in range(200):
+            beta2 = score.balanced_beta2(beta2, reward2=0.6, kl1=kl1, start=0.1)
+        assert abs(beta2 - bound) < 1e-6
+
+
+def test_both_stages_learn_at_bandit_size():
+    """80 steps of sampling and the shipped losses in the truth's world of 49 trajectories.
+
+    Judged exactly, by enumeration. Over 40 seeds Stage I raised its objective by 0.42 to 0.60 and
+    Stage II by 1.46 to 2.47; the bounds are a third of the least.
+    """
+    oracle = truth.Oracle()
+    start = oracle.objectives()
+    for i, bound in ((0, 0.14), (1, 0.48)):
+        program = truth.load_program()
+        policy, generator = oracle.policy, torch.Generator().manual_seed(5)
+        policy.load_state_dict(truth.tiny_model(program, 1).state_dict())
+        optimizer = torch.optim.Adam(policy.parameters(), lr=0.02)
+        for _ in range(80):
+            r = score.rollout(
+                policy, [list(truth.PROMPT)] * 64, list(truth.INSTRUCTION), max_new=truth.LIMIT,
+                end_id=truth.END, generator=generator, temperature=truth.TEMPERATURE,
+            )  # fmt: skip
+            rewards = [
+                torch.tensor([float(tuple(row[1:][m].tolist()) in truth.RIGHT)
+                              for row, m in zip(r.ids_BT, mask, strict=True)]).double()
+                for mask in (r.mask1_BS, r.mask2_BS)
+            ]  # fmt: skip
+            logp, kl1, kl2 = score.score_terms(policy, oracle.base, r, truth.TEMPERATURE, "exact")
+            if i == 0:
+                loss = score.loss_stage1(
+                    logp, r.mask2_BS, kl1, kl2, rewards[1], 4, truth.BETA1, truth.BETA2
+                )
+            else:
+                loss = score.loss_stage2(
+                    logp, r.mask1_BS, r.mask2_BS, kl1, kl2, *rewards, 4, truth.ALPHA, truth.BETA1
+                )
+            optimizer.zero_grad()
+            loss.mean().backward()
+            optimizer.step()
+        assert oracle.objectives()[i] - start[i] > bound
+
+
+TINY = dict(
+    digits=1, n_layer=1, n_head=2, n_kv_head=1, d_model=8, d_ff=8, sft_steps=4, sft_batch=8,
+    stage1_steps=3, stage2_steps=3, batch=8, group=2, warmup=1, eval_n=10,
+)  # fmt: skip
+
+
+def train(folder, program=None, **changes):
+    """Return the log of a tiny run."""
+    import threading
+
+    modules = program or type("shipped", (), {"score": score, "run": runs})
+    run = modules.run.create(modules.run.Config(**TINY | changes), folder)
+    assert modules.score.train(run, threading.Event())
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_step_does_not_depend_on_the_micro_batch(tmp_path):
+    """float32, so equal up to the order of sums: the weights after all six steps."""
+    train(tmp_path / "whole")
+    train(tmp_path / "micro", micro_batch=2)
+    whole, micro = (runs.load(tmp_path / name / "score.pt")["model"] for name in ("whole", "micro"))
+    for name in whole:
+        torch.testing.assert_close(whole[name], micro[name], rtol=1e-3, atol=1e-4)
+
+
+def first_kl_of_stage_2(rows):
+    return next(row["kl1"] + row["kl2"] for row in rows if row["phase"] == "score")
+
+
+def test_the_reference_stays_the_base_in_stage_2(tmp_path):
+    """Stage I has moved the policy, so its KL to the base is above 0 where Stage II starts."""
+    changes = dict(lr=0.05, stage1_steps=6)
+    assert first_kl_of_stage_2(train(tmp_path / "shipped", **changes)) > 0.01
+    mutant = truth.load_program(
+        ("score.py", 'if phase.objective == "sft":\n        run.base', "if True:\n        run.base")
+    )
+    assert first_kl_of_stage_2(train(tmp_path / "mutant", mutant, **changes)) < 1e-6
+
+
+def test_a_sampler_of_another_law_is_noticed_before_the_first_step(tmp_path):
+    edit = ("rollout.py", "torch.log_softmax(logits_BV.to(wide) / temperature, dim=-1)\n",
+            "torch.log_softmax(logits_BV.to(wide) / temperature, dim=-1)\n"
+            "    if len(logits_BV.shape) == 2:\n        logp_BV = torch.log_softmax(1.1 * logp_BV, -1)\n"
+            )  # fmt: skip
+    with pytest.raises(RuntimeError, match="disagree"):
+        train(tmp_path / "mutant", truth.load_program(edit))
+
+
+def test_multi_turn_is_stage_2_without_bonus_for_as_many_steps():
+    phases = runs.schedule(runs.Config(method="multi_turn", stage1_steps=7, stage2_steps=5))
+    assert [(p.objective, p.steps, p.alpha) for p in phases[1:]] == [("stage2", 12, 0.0)]
+
+
+def test_both_methods_start_from_the_same_base(tmp_path):
+    train(tmp_path / "a")
+    train(tmp_path / "b", method="multi_turn")
+    a, b = (runs.load(tmp_path / name / "base.pt")["model"] for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_interleaved_stages_share_out_the_steps(tmp_path):
+    rows = train(tmp_path / "run", rounds=2, stage1_steps=5, stage2_steps=4)
+    order = [row["phase"] for row in rows[4:]]
+    assert order == ["stage1-1"] * 2 + ["stage2-1"] * 2 + ["stage1-2"] * 3 + ["score"] * 2
+
+
+def test_stage_1_may_end_when_delta_has_moved(tmp_path, monkeypatch):
+    """Blocks of one step; the gain asked for is one that noise gives within 40 steps."""
+    monkeypatch.setattr(score, "BLOCK", 1)
+    changes = dict(stage1_gain=0.1, stage1_steps=40, sft_steps=300, sft_batch=64, batch=32)
+    rows = [row for row in train(tmp_path / "run", **changes) if row["phase"] == "stage1"]
+    assert len(rows) < 40
+    assert rows[-1]["delta"] - rows[0]["delta"] >= 0.1
+    assert all(row["delta"] - rows[0]["delta"] < 0.1 for row in rows[:-1])
+
+
+@pytest.mark.parametrize("select", ["best", "last"])
+def test_the_last_phase_keeps_the_weights_of_the_best_training_reward(tmp_path, monkeypatch, select):
+    monkeypatch.setattr(score, "BLOCK", 2)
+    changes = dict(stage2_steps=8, lr=0.1, sft_steps=300, sft_batch=64, select=select)
+    rows = [r for r in train(tmp_path / "run", **changes) if r["phase"] == "score"]
+    sums = [sum(r["acc_t1"] + r["acc_t2"] for r in rows[i : i + 2]) for i in range(0, 8, 2)]
+    assert len(set(sums)) > 1
+    best = 2 * sums.index(max(sums)) + 2 if select == "best" else 8
+    assert runs.load(tmp_path / "run" / "score.pt")["step"] == best
+
+
+def test_offline_attempts_and_adaptive_beta2_run(tmp_path):
+    rows = train(tmp_path / "run", offline=0.5, adaptive_beta2=True)
+    beta2 = [row["beta2"] for row in rows if row["phase"] == "stage1"]
+    assert len(set(beta2)) == len(beta2)
