@@ -27,7 +27,7 @@ import torch
 import verify
 from model import GPT
 from rollout import attempts, grade, toy_encoding
-from run import Config, device, load, read_config, schedule
+from run import Config, read_config, read_phase, schedule
 from score import sample
 
 # --- intervals ------------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def wilson(k: int, n: int) -> list[float]:
     z2, p = 1.959963984540054**2, k / n
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = (z2 * (p * (1 - p) / n + z2 / (4 * n * n))) ** 0.5 / (1 + z2 / n)
-    return [max(0.0, middle - half), min(1.0, middle + half)]
+    return [min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))]
 
 
 def paired_bootstrap(gained: int, lost: int, n: int) -> list[float]:
@@ -230,22 +230,17 @@ def report(folder: Path, split: str, n: int) -> dict:
     problems = verify.problems(n, split, np.random.default_rng(0), c.digits, c.split_seed)
     phases, texts = {}, []
     for phase in schedule(c):
-        path = folder / f"{phase.name}.pt"
-        if not path.exists() and phases:
-            break
-        content = load(path)
-        model = GPT(c.model()).to(device(c.device))
-        model.load_state_dict(content["model"])
+        if phases and not (folder / f"{phase.name}.pt").exists():
+            break  # an unfinished run: report what is there
+        model, about = read_phase(folder, phase, c)
         greedy = evaluate(model, c, problems, temperature=0)
         sampled = evaluate(model, c, problems, temperature=c.temperature)
         texts = greedy.pop("attempts")
         del sampled["attempts"]
         phases[phase.name] = greedy | {
             "seed": c.seed,
-            "steps": content["steps"],
-            "selected_step": content["step"],
-            "seconds": content["seconds"],
             "sampled": sampled,
+            **about,
         }
     return {
         "method": c.method,

@@ -309,6 +309,21 @@ def read_config(folder: Path) -> Config:
         raise ValueError(f"{path} is not a readable configuration: {error}") from None
 
 
+def read_phase(folder: Path, phase: Phase, c: Config) -> tuple[GPT, dict]:
+    """Return a finished phase's model, on the run's device, and the rest of its file.
+
+    Raises:
+      ValueError: the file is missing, damaged, or of another model than the settings describe.
+    """
+    path = folder / f"{phase.name}.pt"
+    content, model = load(path), GPT(c.model())
+    try:
+        model.load_state_dict(content.pop("model"))
+    except (KeyError, RuntimeError):
+        raise ValueError(f"{path} does not fit {folder / 'config.json'}") from None
+    return model.to(device(c.device)), content
+
+
 def restore(folder: Path) -> Run:
     """Return a run as its last checkpoint left it."""
     run = new_run(read_config(folder), folder)
@@ -324,6 +339,6 @@ def restore(folder: Path) -> Run:
         run.problem_rng.bit_generator.state = json.loads(content["problem_rng"])
         run.sampler.set_state(content["sampler"])
         run.progress = Progress(**content["progress"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not fit {folder / 'config.json'}: {error}") from None
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        raise ValueError(f"{path} does not fit {folder / 'config.json'}") from None
     return run

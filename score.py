@@ -414,7 +414,7 @@ def finish_phase(run: Run, phase: Phase) -> None:
         run.policy.load_state_dict(run.best)
         step = p.best_step
     save(
-        {"model": run.policy.state_dict(), "step": step, "steps": p.step, "seconds": p.seconds},
+        dict(model=run.policy.state_dict(), steps=p.step, selected_step=step, seconds=p.seconds),
         run.folder / f"{phase.name}.pt",
     )
     if phase.objective == "sft":

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from model import GPT, Cache, GPTConfig
 
-
 SIZES = dict(vocab_size=11, n_layer=2, n_head=6, n_kv_head=3, d_model=24, d_ff=10, max_positions=17)
 
 
@@ -149,8 +148,8 @@ def test_a_tied_head_is_one_weight():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"n_layer": 0}, "n_layer"), ({"vocab_size": -1}, "vocab_size"), ({"d_model": 10}, "d_model"),
-        ({"d_model": 18}, "d_model"), ({"n_kv_head": 4}, "n_head"), ({"d_ff": 0}, "d_ff"),
+        ({"n_layer": 0}, "n_layer"), ({"vocab_size": -1}, "vocab_size"),
+        ({"d_model": 10}, "d_model"), ({"d_model": 18}, "d_model"), ({"n_kv_head": 4}, "n_head"), ({"d_ff": 0}, "d_ff"),
     ],
 )  # fmt: skip
 def test_impossible_sizes_are_refused_by_name(change, named):

@@ -12,7 +12,6 @@ from test_model import model
 import rollout
 from model import Cache
 
-
 END, INSTRUCTION = 4, [7, 9, 7]
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import math
+import threading
 
 import pytest
 import torch
@@ -123,12 +125,11 @@ def test_the_kls_value_is_the_sum_over_the_attempts_tokens():
             for b, row in enumerate(mask.tolist()):
                 total = 0.0
                 for s in [s for s, inside in enumerate(row) if inside]:
-                    p, q = law[b][s], ref[b][s]
-                    token = r.ids_BT[b, s + 1].item()
+                    p, q, token = law[b][s], ref[b][s], r.ids_BT[b, s + 1].item()
                     if kl == "k1":
                         total += p[token] - q[token]
                     else:
-                        total += sum(2.718281828459045**x * (x - y) for x, y in zip(p, q, strict=True))
+                        total += sum(math.exp(p[v]) * (p[v] - q[v]) for v in range(truth.V))
                 assert abs(found[b].item() - total) < 1e-12
 
 
@@ -218,8 +219,6 @@ TINY = dict(
 
 def train(folder, program=None, **changes):
     """Return the log of a tiny run."""
-    import threading
-
     modules = program or type("shipped", (), {"score": score, "run": runs})
     run = modules.run.create(modules.run.Config(**TINY | changes), folder)
     assert modules.score.train(run, threading.Event())
@@ -252,8 +251,8 @@ def test_the_reference_stays_the_base_in_stage_2(tmp_path):
 def test_a_sampler_of_another_law_is_noticed_before_the_first_step(tmp_path):
     edit = ("rollout.py", "torch.log_softmax(logits_BV.to(wide) / temperature, dim=-1)\n",
             "torch.log_softmax(logits_BV.to(wide) / temperature, dim=-1)\n"
-            "    if len(logits_BV.shape) == 2:\n        logp_BV = torch.log_softmax(1.1 * logp_BV, -1)\n"
-            )  # fmt: skip
+            "    if len(logits_BV.shape) == 2:\n"
+            "        logp_BV = torch.log_softmax(1.1 * logp_BV, -1)\n")  # fmt: skip
     with pytest.raises(RuntimeError, match="disagree"):
         train(tmp_path / "mutant", truth.load_program(edit))
 
@@ -287,14 +286,14 @@ def test_stage_1_may_end_when_delta_has_moved(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("select", ["best", "last"])
-def test_the_last_phase_keeps_the_weights_of_the_best_training_reward(tmp_path, monkeypatch, select):
+def test_the_last_phase_keeps_its_best_weights_by_reward(tmp_path, monkeypatch, select):
     monkeypatch.setattr(score, "BLOCK", 2)
     changes = dict(stage2_steps=8, lr=0.1, sft_steps=300, sft_batch=64, select=select)
     rows = [r for r in train(tmp_path / "run", **changes) if r["phase"] == "score"]
     sums = [sum(r["acc_t1"] + r["acc_t2"] for r in rows[i : i + 2]) for i in range(0, 8, 2)]
     assert len(set(sums)) > 1
     best = 2 * sums.index(max(sums)) + 2 if select == "best" else 8
-    assert runs.load(tmp_path / "run" / "score.pt")["step"] == best
+    assert runs.load(tmp_path / "run" / "score.pt")["selected_step"] == best
 
 
 def test_offline_attempts_and_adaptive_beta2_run(tmp_path):

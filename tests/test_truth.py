@@ -64,11 +64,13 @@ MUTANTS = {
         ("score.py", "((logp_BS - ref_logp_BS) * mask_BS)", "((ref_logp_BS - logp_BS) * mask_BS)"),
     ],
     "k1 differentiated as KL": [
-        ("score.py", "    return (k1_BS + score_function(logp_BS) * mask_BS * (k1_BS + after(k1_BS)))",
+        ("score.py",
+         "    return (k1_BS + score_function(logp_BS) * mask_BS * (k1_BS + after(k1_BS)))",
          "    return ((logp_BS - ref_logp_BS) * mask_BS)")
     ],
     "k3 differentiated as KL": [
-        ("score.py", "    return (k1_BS + score_function(logp_BS) * mask_BS * (k1_BS + after(k1_BS)))",
+        ("score.py",
+         "    return (k1_BS + score_function(logp_BS) * mask_BS * (k1_BS + after(k1_BS)))",
          "    x = ref_logp_BS - logp_BS\n    return ((x.exp() - 1 - x) * mask_BS)")
     ],
     "KL without its future term": [
@@ -123,7 +125,8 @@ MUTANTS = {
          ").repeat_interleave(G)")
     ],
     "reference is the policy itself": [
-        ("score.py", "token_law(base(ids_BS), temperature)", "token_law(policy(ids_BS), temperature)")
+        ("score.py", "token_law(base(ids_BS), temperature)",
+         "token_law(policy(ids_BS), temperature)")
     ],
 }  # fmt: skip
 
