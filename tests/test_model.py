@@ -149,7 +149,8 @@ def test_a_tied_head_is_one_weight():
     ("change", "named"),
     [
         ({"n_layer": 0}, "n_layer"), ({"vocab_size": -1}, "vocab_size"),
-        ({"d_model": 10}, "d_model"), ({"d_model": 18}, "d_model"), ({"n_kv_head": 4}, "n_head"), ({"d_ff": 0}, "d_ff"),
+        ({"d_model": 10}, "d_model"), ({"d_model": 18}, "d_model"),
+        ({"n_kv_head": 4}, "n_head"), ({"d_ff": 0}, "d_ff"),
     ],
 )  # fmt: skip
 def test_impossible_sizes_are_refused_by_name(change, named):

@@ -17,7 +17,8 @@ import verify
         ("999.0", "unparsed"), ("9_99", "unparsed"), ("9,99", "unparsed"), ("9 99", "unparsed"),
         ("999=999", "unparsed"), ("999<|revise|>", "unparsed"), ("９９９", "unparsed"),
         ("٩٩٩", "unparsed"), ("\u00a0999", "unparsed"), ("999\0", "unparsed"),
-        ("0x3e7", "unparsed"), ("999 or 998", "unparsed"), ("9" * 10**6, "unparsed"), ("1e3", "unparsed"),
+        ("0x3e7", "unparsed"), ("999 or 998", "unparsed"),
+        ("9" * 10**6, "unparsed"), ("1e3", "unparsed"),
     ],
 )  # fmt: skip
 def test_status_and_reward(answer, status):
