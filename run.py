@@ -13,6 +13,7 @@ import copy
 import json
 import os
 import re
+import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -161,7 +162,8 @@ def parse(argv: list[str]) -> tuple[Config | None, Path]:
     for f in fields(Config):
         option, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
         if f.type is bool:
-            parser.add_argument(option, action="store_true", help=text)
+            either = argparse.BooleanOptionalAction
+            parser.add_argument(option, action=either, default=f.default, help=text)
         else:
             parser.add_argument(
                 option, type=f.type, default=f.default, choices=f.metadata["choices"], help=text
@@ -259,9 +261,14 @@ def load(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"no checkpoint at {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen kinds, depending on which bytes are damaged
-        raise ValueError(f"{path} is not a readable checkpoint ({type(error).__name__})") from None
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            damaged = archive.testzip()
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a dozen kinds, depending on which bytes are damaged
+        damaged = type(error).__name__
+    if damaged:
+        raise ValueError(f"{path} is not a readable checkpoint ({damaged})")
+    return content
 
 
 def save_checkpoint(run: Run) -> None:
