@@ -63,6 +63,7 @@ class Config:
     right_draft: float = knob(0.2, "probability of a right draft", 0, 1)
     right_revision: float = knob(0.25, "probability of a right revision", 0, 1)
     copy: float = knob(0.45, "probability that the revision copies the draft", 0, 1)
+    clean: float = knob(0.65, "share of the steps, the first, with all revisions right", 0, 1)
     # reinforcement learning
     stage1_steps: int = knob(200, "steps of Stage I", 1, 10**9)
     stage2_steps: int = knob(300, "steps of Stage II", 1, 10**9)

@@ -206,9 +206,11 @@ def own_mask1(r: Rollout):
 def sft_step(run: Run) -> dict:
     """Take one supervised step on fresh documents; return what is logged."""
     c = run.config
+    clean = run.progress.step < c.clean * c.sft_steps  # it learns to check before it gets careless
     documents = verify.corpus(
         c.sft_batch, run.problem_rng, c.digits, forget=c.forget, right_draft=c.right_draft,
-        right_revision=c.right_revision, copy=c.copy, split_seed=c.split_seed,
+        right_revision=1.0 if clean else c.right_revision, copy=0.0 if clean else c.copy,
+        split_seed=c.split_seed,
     )  # fmt: skip
     r = read_documents(documents, c.device)
     mask_BS = r.mask1_BS | r.mask2_BS
@@ -309,9 +311,9 @@ def rl_step(run: Run, phase: Phase) -> dict:
 def balanced_beta2(beta2: float, reward2: float, kl1: float, start: float) -> float:
     """Return the next step's beta2, drawn towards the value at which beta2 KL1 = r2.
 
-    Source: arXiv 2409.12917v2 only says that beta2 may be adapted to balance "the magnitudes of the
-    first-attempt KL regularization and the second-attempt policy objective". The geometric
-    smoothing (a tenth of the way a step) and the bounds (a tenth to ten times the start) are ours.
+    Source: arXiv 2409.12917v2 mentions, and no more, a beta2 that adapts so as to balance the first
+    attempt's KL and the second attempt's objective. The geometric smoothing (a tenth of the way a
+    step) and the bounds (a tenth to ten times the start) are ours.
 
     >>> balanced_beta2(0.1, 0.5, 5.0, 0.1), round(balanced_beta2(0.1, 0.5, 0.0, 0.1), 3)
     (0.1, 0.126)
@@ -380,7 +382,7 @@ def judge_block(run: Run, phase: Phase, row: dict) -> None:
     """After each block of steps, remember its delta if first, its weights if best by reward.
 
     The reward is the stage's own, on training samples: r2 in Stage I, r1 + r2 in Stage II.
-    Source: arXiv 2409.12917v2, section 6: checkpoints "with the highest training reward".
+    Source: arXiv 2409.12917v2, section 6, selects checkpoints by training reward.
     """
     p = run.progress
     reward = row["acc_t2"] + (row["acc_t1"] if phase.objective == "stage2" else 0.0)

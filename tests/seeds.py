@@ -1,9 +1,10 @@
 """Do the claims hold in every seed? Trains both methods over seeds and writes README's tables.
 
-    python tests/seeds.py                 # seeds 0 to 4: ten runs, one after another, about N minutes
+    python tests/seeds.py                 # seeds 0 to 4: ten runs, one after another
     python tests/seeds.py --table         # only print the tables of tests/results/seeds.json
 
-A run that has its report is kept, one that was killed is resumed. No run is left out.
+A run that has its report is kept, one that was killed is resumed. No run is left out. Options that
+it does not know are score.py's.
 """
 
 import argparse
@@ -19,11 +20,11 @@ RESULTS = Path(__file__).parent / "results" / "seeds.json"
 METHODS = ("score", "multi_turn")
 
 
-def train(method: str, seed: int, folder: Path) -> dict:
+def train(method: str, seed: int, folder: Path, options: list[str]) -> dict:
     """Run the README's command, or go on with it; return its report, wall time and peak memory."""
     words = ["--resume", str(folder)]
     if not folder.exists():
-        words = ["--run", str(folder), "--seed", str(seed), "--method", method]
+        words = ["--run", str(folder), "--seed", str(seed), "--method", method, *options]
     record = folder.parent / f"{folder.name}.json"
     if not record.exists():
         start = time.monotonic()
@@ -123,11 +124,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "seeds", help="their folder")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="train nothing, print --out's tables")
-    args = parser.parse_args(argv)
+    args, options = parser.parse_known_args(argv)
     if not args.table:
         args.runs.mkdir(parents=True, exist_ok=True)
         runs = [
-            train(method, seed, args.runs / f"{method}-seed{seed}")
+            train(method, seed, args.runs / f"{method}-seed{seed}", options)
             for seed in args.seeds
             for method in METHODS
         ]

@@ -1,0 +1,125 @@
+"""What the documents say is so: their commands run, their figures come from the file they name."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import seeds
+from test_run import options
+from test_score import TINY
+from truth import ROOT
+
+README = (ROOT / "README.md").read_text()
+MODULES = ("verify.py", "model.py", "rollout.py", "run.py", "score.py", "eval.py")
+
+
+def commands(text, indent=""):
+    """Return the commands, without their comments, of lines that start with python or pip."""
+    lines = re.findall(rf"^{indent}((?:python|pip) .*)$", text, re.MULTILINE)
+    return [" ".join(shlex.split(line.replace("\\", ""), comments=True)) for line in lines]
+
+
+def fenced(text):
+    return "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+
+
+def run(command, folder):
+    """Run a documented command in an empty folder, training commands at a tiny size."""
+    for part in command.split(" && "):
+        words = part.split()
+        if words[0] == "pip":
+            assert words[1:3] == ["install", "-r"] and (ROOT / words[3]).is_file()
+            continue
+        if words[:3] == ["python", "-m", "pytest"]:
+            continue  # this is it
+        assert words[0] == "python"
+        status = 0
+        if words[1] == "score.py" and "--resume" not in words and "--help" not in words:
+            words += options(**TINY)
+        if words[1] == "tests/seeds.py" and "--table" not in words:
+            words += ["--runs", "runs/seeds", "--out", "seeds.json", *options(**TINY)]
+            status = 1  # the claims do not hold at a tiny size, and that is what it says
+        words[1:2] = [str(ROOT / words[1])]
+        words[0] = sys.executable
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == status, (command, done.stdout, done.stderr)
+
+
+def test_the_readmes_commands_run_in_the_order_of_the_page(tmp_path):
+    found = commands(fenced(README))
+    assert found[0] == "pip install -r requirements.txt && python score.py"
+    assert "pip install -r tests/requirements.txt && python -m pytest" in found
+    for command in dict.fromkeys(found):
+        run(command, tmp_path)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_modules_commands_run(module, tmp_path):
+    text = (ROOT / module).read_text().split('"""')[1]
+    lines = re.findall(r"^    (python .*)$", text, re.MULTILINE)
+    assert lines
+    run("python score.py", tmp_path)
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[1] == "-c":
+            subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True, capture_output=True)
+        elif words[1:] != ["score.py"]:
+            run(" ".join(words), tmp_path)
+
+
+def test_the_readmes_tables_are_those_of_the_results_file():
+    results = json.loads(seeds.RESULTS.read_text())
+    assert seeds.tables(results) in README
+
+
+def test_every_claim_of_the_results_file_holds_in_every_seed():
+    results = json.loads(seeds.RESULTS.read_text())
+    for words, values, holds in seeds.claims(results):
+        assert len(values) == 5, words
+        assert holds, (words, values)
+
+
+def test_the_results_file_holds_ten_runs_of_one_commit_and_of_the_default_settings():
+    """Seeds 0 to 4 of both methods, none left out, on 2,000 test problems."""
+    results = json.loads(seeds.RESULTS.read_text())
+    found = [(r["seed"], r["method"]) for r in results]
+    assert found == [(seed, method) for seed in range(5) for method in seeds.METHODS]
+    assert len({r["commit"] for r in results}) == 1
+    assert all((r["split"], r["n"]) == ("test", 2000) for r in results)
+    from run import Config
+
+    for r in results:
+        assert Config(**r["config"]) == Config(seed=r["seed"], method=r["method"])
+
+
+def test_every_equation_and_test_that_the_readme_names_exists():
+    rows = re.findall(r"^\| [^|]+ \| `(\w+)\.py: (\w+)` \| `(test_\w+)` \|$", README, re.MULTILINE)
+    assert len(rows) >= 10
+    for module, function, test in rows:
+        assert f"\ndef {function}(" in (ROOT / f"{module}.py").read_text(), function
+        tests = [path.read_text() for path in (ROOT / "tests").glob("test_*.py")]
+        assert sum(f"\ndef {test}(" in text for text in tests) == 1, test
+
+
+def test_requirements_are_exact_and_the_owners_four():
+    lines = (ROOT / "requirements.txt").read_text().split()
+    assert [line.split("==")[0] for line in lines] == ["torch", "numpy", "tiktoken", "sympy"]
+    assert all(re.fullmatch(r"\w+==[\d.]+", line) for line in lines)
+
+
+def test_imports_go_one_way():
+    order = [name.removesuffix(".py") for name in MODULES]
+    for i, name in enumerate(order):
+        text = (ROOT / f"{name}.py").read_text()
+        imported = set(re.findall(r"^\s*(?:from|import) (\w+)", text, re.MULTILINE))
+        assert not imported & set(order[i:]), name
+
+
+def test_ruff_is_clean():
+    for words in (["check"], ["format", "--check"]):
+        done = subprocess.run([sys.executable, "-m", "ruff", *words, str(ROOT)],
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stdout
