@@ -45,41 +45,42 @@ class Config:
     seed: int = knob(0, "of weights, problems and samples", 0, 2**31)
     device: str = knob("cpu", "cpu, cuda or cuda:N")
     # task
-    digits: int = knob(5, "digits of each operand", 1, verify.MAX_OPERAND_DIGITS)
+    digits: int = knob(7, "digits of each operand", 1, verify.MAX_OPERAND_DIGITS)
     split_seed: int = knob(0, "of the split into train, dev and test problems", 0, 2**31)
     # model
-    n_layer: int = knob(1, "blocks", 1, 1000)
+    n_layer: int = knob(2, "blocks", 1, 1000)
     n_head: int = knob(4, "query heads", 1, 1000)
     n_kv_head: int = knob(4, "key-value heads", 1, 1000)
-    d_model: int = knob(64, "width", 1, 2**20)
-    d_ff: int = knob(128, "hidden width of the MLP", 1, 2**20)
+    d_model: int = knob(48, "width", 1, 2**20)
+    d_ff: int = knob(96, "hidden width of the MLP", 1, 2**20)
     rope_theta: float = knob(100.0, "base of the rotary wavelengths", 1, 1e9)
-    qkv_bias: bool = knob(False, "bias on query, key and value")
+    qkv_bias: bool = knob(True, "bias on query, key and value")
     # base model
-    sft_steps: int = knob(1200, "steps of supervised training of the base", 1, 10**9)
-    sft_batch: int = knob(256, "documents a step", 1, 2**20)
+    sft_steps: int = knob(1800, "steps of supervised training of the base", 1, 10**9)
+    sft_batch: int = knob(128, "documents a step", 1, 2**20)
     sft_lr: float = knob(6e-3, "peak learning rate, then linear to 0", 0, 1)
+    sft_warmup: int = knob(100, "steps of linear warm-up of the base", 0, 10**9)
     forget: float = knob(0.5, "probability that a draft slips a carry at a column of 9", 0, 1)
     right_draft: float = knob(0.2, "probability of a right draft", 0, 1)
     right_revision: float = knob(0.25, "probability of a right revision", 0, 1)
-    copy: float = knob(0.45, "probability that the revision copies the draft", 0, 1)
-    clean: float = knob(0.65, "share of the steps, the first, with all revisions right", 0, 1)
+    copy: float = knob(0.65, "probability that the revision copies the draft", 0, 1)
+    clean: float = knob(0.75, "share of the steps, the first, with all revisions right", 0, 1)
     # reinforcement learning
-    stage1_steps: int = knob(200, "steps of Stage I", 1, 10**9)
-    stage2_steps: int = knob(300, "steps of Stage II", 1, 10**9)
+    stage1_steps: int = knob(80, "steps of Stage I", 1, 10**9)
+    stage2_steps: int = knob(100, "steps of Stage II", 1, 10**9)
     rounds: int = knob(1, "how often the two stages alternate, sharing their steps", 1, 1000)
     stage1_gain: float = knob(0, "end Stage I when delta has risen by this; 0: by steps", 0, 1)
-    batch: int = knob(512, "rollouts a step", 2, 2**20)
+    batch: int = knob(256, "rollouts a step", 2, 2**20)
     group: int = knob(4, "rollouts of each problem (leave-one-out baseline)", 2, 2**20)
     micro_batch: int = knob(0, "rollouts in one backward pass, whole groups; 0: all", 0, 2**20)
-    lr: float = knob(1e-3, "learning rate", 0, 1)
-    warmup: int = knob(20, "steps of linear warm-up in each phase", 0, 10**9)
+    lr: float = knob(7e-4, "learning rate", 0, 1)
+    warmup: int = knob(20, "steps of linear warm-up in each stage", 0, 10**9)
     clip: float = knob(1.0, "limit of the gradient's norm", 1e-9, 1e9)
     temperature: float = knob(1.0, "of the samples and of all log-probabilities", 0.01, 100)
     max_new: int = knob(0, "limit of an attempt, in tokens; 0: just enough", 0, 2**20)
     alpha: float = knob(10.0, "weight of the progress bonus in Stage II", 0, 1e6)
     beta1: float = knob(0.01, "weight of the KL to the base, both turns and stages", 0, 1e6)
-    beta2: float = knob(0.1, "weight of the KL that holds attempt 1 in Stage I", 0, 1e6)
+    beta2: float = knob(2.0, "weight of the KL that holds attempt 1 in Stage I", 0, 1e6)
     adaptive_beta2: bool = knob(False, "balance beta2's KL with attempt 2's reward")
     kl: str = knob("exact", "estimator of the KL", choices=("exact", "k1"))
     offline: float = knob(0, "share of Stage II's problems with the base's attempt 1", 0, 0.99)
@@ -133,7 +134,7 @@ def schedule(c: Config) -> list[Phase]:
     """Return the phases of a run. The last is named after the method, and its weights selected.
 
     >>> [(p.name, p.steps) for p in schedule(Config(rounds=2, stage1_steps=3, stage2_steps=4))]
-    [('base', 1200), ('stage1-1', 1), ('stage2-1', 2), ('stage1-2', 2), ('score', 2)]
+    [('base', 1800), ('stage1-1', 1), ('stage2-1', 2), ('stage1-2', 2), ('score', 2)]
     """
     base = Phase("base", "sft", c.sft_steps)
     if c.method == "multi_turn":  # eq. 4 without the bonus, as many steps as both stages have

@@ -370,12 +370,11 @@ def train_phase(run: Run, phase: Phase, log: BinaryIO, stop: threading.Event) ->
 
 
 def learning_rate(c: Config, phase: Phase, step: int) -> float:
-    """Return the rate of a step (counted from 0): warm-up, then falling to 0 in the base's phase,
-    constant in the others."""
-    warm = min(1.0, (step + 1) / (c.warmup + 1))
+    """Return the rate of a step (counted from 0): a linear warm-up in every phase; then it falls to
+    0 while the base is trained, and is constant in the stages."""
     if phase.objective == "sft":
-        return c.sft_lr * warm * (1 - step / phase.steps)
-    return c.lr * warm
+        return c.sft_lr * min(1.0, (step + 1) / (c.sft_warmup + 1)) * (1 - step / phase.steps)
+    return c.lr * min(1.0, (step + 1) / (c.warmup + 1))
 
 
 def judge_block(run: Run, phase: Phase, row: dict) -> None:

@@ -213,7 +213,7 @@ def test_both_stages_learn_at_bandit_size():
 
 TINY = dict(
     digits=1, n_layer=1, n_head=2, n_kv_head=1, d_model=8, d_ff=8, sft_steps=4, sft_batch=8,
-    stage1_steps=3, stage2_steps=3, batch=8, group=2, warmup=1, eval_n=10,
+    stage1_steps=3, stage2_steps=3, batch=8, group=2, warmup=1, sft_warmup=1, eval_n=10,
 )  # fmt: skip
 
 
