@@ -15,7 +15,6 @@ Dimension key: N problems.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -27,7 +26,7 @@ import torch
 import verify
 from model import GPT
 from rollout import attempts, grade, toy_encoding
-from run import Config, read_config, read_phase, schedule
+from run import Config, commit, read_about, read_phase, schedule
 from score import sample
 
 # --- intervals ------------------------------------------------------------------------------------
@@ -206,33 +205,19 @@ def transcripts(texts: list, problems: list[verify.Problem]) -> list[dict]:
     return found
 
 
-def commit() -> str | None:
-    """Return the commit of this code, "+" behind it if the files differ; None outside git."""
-    here = Path(__file__).parent
-
-    def git(*words):
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True)
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
-        return git("rev-parse", "--short", "HEAD").stdout.strip() + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def report(folder: Path, split: str, n: int) -> dict:
     """Evaluate every finished phase of a run on n problems of a split; return the report.
 
     Raises:
       ValueError: there is no run, no finished phase, or a damaged checkpoint.
     """
-    c = read_config(folder)
+    c, about = read_about(folder)
     problems = verify.problems(n, split, np.random.default_rng(0), c.digits, c.split_seed)
     phases, texts = {}, []
     for phase in schedule(c):
         if phases and not (folder / f"{phase.name}.pt").exists():
             break  # an unfinished run: report what is there
-        model, about = read_phase(folder, phase, c)
+        model, phase_about = read_phase(folder, phase, c)
         greedy = evaluate(model, c, problems, temperature=0)
         sampled = evaluate(model, c, problems, temperature=c.temperature)
         texts = greedy.pop("attempts")
@@ -240,7 +225,7 @@ def report(folder: Path, split: str, n: int) -> dict:
         phases[phase.name] = greedy | {
             "seed": c.seed,
             "sampled": sampled,
-            **about,
+            **phase_about,
         }
     return {
         "method": c.method,
@@ -248,7 +233,9 @@ def report(folder: Path, split: str, n: int) -> dict:
         "n": n,
         "split": split,
         "seconds": sum(m["seconds"] for m in phases.values()),
-        "commit": commit(),
+        "commit": about["commit"],
+        "evaluation_commit": commit(),
+        "threads": about["threads"],
         "config": asdict(c),
         "phases": phases,
         "diagnosis": diagnose(phases),
@@ -278,7 +265,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     start = time.monotonic()
     try:
-        default = read_config(args.run).eval_n
+        default = read_about(args.run)[0].eval_n
         n = default if args.n is None else args.n
         if n < 1:
             raise ValueError(f"--n must be at least 1, got {n}")
@@ -288,6 +275,9 @@ def main(argv: list[str]) -> int:
         part = path.with_name(path.name + ".part")
         part.write_text(json.dumps(r, indent=2) + "\n")
         os.replace(part, path)
+    except KeyboardInterrupt:
+        print("eval.py: stopped, nothing written", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         return 2

@@ -13,6 +13,7 @@ import copy
 import json
 import os
 import re
+import subprocess
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -48,11 +49,11 @@ class Config:
     digits: int = knob(7, "digits of each operand", 1, verify.MAX_OPERAND_DIGITS)
     split_seed: int = knob(0, "of the split into train, dev and test problems", 0, 2**31)
     # model
-    n_layer: int = knob(2, "blocks", 1, 1000)
+    n_layer: int = knob(2, "blocks", 1, 200)
     n_head: int = knob(4, "query heads", 1, 1000)
     n_kv_head: int = knob(4, "key-value heads", 1, 1000)
-    d_model: int = knob(48, "width", 1, 2**20)
-    d_ff: int = knob(96, "hidden width of the MLP", 1, 2**20)
+    d_model: int = knob(48, "width", 1, 2**13)
+    d_ff: int = knob(96, "hidden width of the MLP", 1, 2**15)
     rope_theta: float = knob(100.0, "base of the rotary wavelengths", 1, 1e9)
     qkv_bias: bool = knob(True, "bias on query, key and value")
     # base model
@@ -65,6 +66,7 @@ class Config:
     right_revision: float = knob(0.25, "probability of a right revision", 0, 1)
     copy: float = knob(0.65, "probability that the revision copies the draft", 0, 1)
     clean: float = knob(0.75, "share of the steps, the first, with all revisions right", 0, 1)
+    skill: float = knob(0.5, "first attempts right, greedy, at which drafts rest", 0, 1)
     # reinforcement learning
     stage1_steps: int = knob(80, "steps of Stage I", 1, 10**9)
     stage2_steps: int = knob(100, "steps of Stage II", 1, 10**9)
@@ -93,6 +95,8 @@ class Config:
         for f in fields(self):
             value, option = getattr(self, f.name), "--" + f.name.replace("_", "-")
             low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+            if not isinstance(value, (int, float) if f.type is float else f.type):
+                raise ValueError(f"{option} must be of type {f.type.__name__}, got {value!r}")
             if choices and value not in choices:
                 raise ValueError(f"{option} must be one of {', '.join(choices)}, got {value!r}")
             if low is not None and not low <= value <= high:
@@ -157,23 +161,22 @@ def parse(argv: list[str]) -> tuple[Config | None, Path]:
     """Return the settings and folder of a new run, or None and the folder of one to resume."""
     parser = argparse.ArgumentParser(
         prog="score.py", usage=argparse.SUPPRESS, description="Train SCoRe on toy arithmetic.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--run", type=Path, help="folder to create (default: runs/METHOD-seedSEED)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run, and no more")
     for f in fields(Config):
-        option, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        option = "--" + f.name.replace("_", "-")
+        text = f"{f.metadata['help']} (default: {f.default})"
         if f.type is bool:
             either = argparse.BooleanOptionalAction
-            parser.add_argument(option, action=either, default=f.default, help=text)
+            parser.add_argument(option, action=either, help=text)
         else:
-            parser.add_argument(
-                option, type=f.type, default=f.default, choices=f.metadata["choices"], help=text
-            )
+            parser.add_argument(option, type=f.type, choices=f.metadata["choices"], help=text)
     args = vars(parser.parse_args(argv))
-    folder, resume = args.pop("run"), args.pop("resume")
+    folder, resume = args.pop("run", None), args.pop("resume", None)
     if resume is not None:
-        if len(argv) > 2:
+        if args or folder is not None:
             raise ValueError("--resume takes all settings from the run: give no other option")
         return None, resume
     config = Config(**args)
@@ -191,6 +194,7 @@ class Progress:
 
     phase: int = 0
     step: int = 0  # finished steps of this phase
+    skill: float = 0.0  # greedy first attempts that were right when last looked at, in the base
     beta2: float = 0.0
     block: list = field(default_factory=list)  # (training reward, delta) since the last full block
     first_delta: float | None = None  # means over the phase's first and last full block
@@ -287,24 +291,44 @@ def save_checkpoint(run: Run) -> None:
     save(content, run.folder / "checkpoint.pt")
 
 
-def create(config: Config, folder: Path) -> Run:
+def create(c: Config, folder: Path) -> Run:
     """Start a run in a folder that must not exist yet."""
-    run = new_run(config, folder)
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
+    run = new_run(c, folder)
+    verify.problems(c.eval_n, "test", np.random.default_rng(0), c.digits, c.split_seed)
+    if folder.exists():
         raise ValueError(
             f"{folder} exists and is left alone: continue it with --resume {folder}, "
             "or choose another with --run"
-        ) from None
-    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    (folder / "log.jsonl").touch()
+        )
+    run.folder = folder.with_name(folder.name + ".part")  # a run is whole or absent, too
+    run.folder.mkdir(parents=True, exist_ok=True)
+    about = dict(commit=commit(), torch=torch.__version__, threads=torch.get_num_threads())
+    text = json.dumps(about | {"config": asdict(c)}, indent=2)
+    (run.folder / "config.json").write_text(text + "\n")
+    (run.folder / "log.jsonl").write_text("")
     save_checkpoint(run)
+    run.folder.rename(folder)
+    run.folder = folder
     return run
 
 
-def read_config(folder: Path) -> Config:
-    """Return the settings of a run.
+def commit() -> str | None:
+    """Return the commit of this code, with "+" if the files differ from it; None outside git."""
+
+    def git(*words):
+        return subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def read_about(folder: Path) -> tuple[Config, dict]:
+    """Return the settings of a run, and the commit, torch and threads that it was started with.
 
     Raises:
       ValueError: there is no such run, or its config.json is damaged or of another version.
@@ -313,8 +337,9 @@ def read_config(folder: Path) -> Config:
     if not path.is_file():
         raise ValueError(f"{folder} is not a run: it has no config.json")
     try:
-        return Config(**json.loads(path.read_text()))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        about = json.loads(path.read_text())
+        return Config(**about.pop("config")), about | {"threads": int(about["threads"])}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a readable configuration: {error}") from None
 
 
@@ -327,15 +352,18 @@ def read_phase(folder: Path, phase: Phase, c: Config) -> tuple[GPT, dict]:
     path = folder / f"{phase.name}.pt"
     content, model = load(path), GPT(c.model())
     try:
-        model.load_state_dict(content.pop("model"))
-    except (KeyError, RuntimeError):
+        model.load_state_dict(content["model"])
+        content = {key: content[key] for key in ("steps", "selected_step", "seconds")}
+    except (KeyError, RuntimeError, TypeError):
         raise ValueError(f"{path} does not fit {folder / 'config.json'}") from None
     return model.to(device(c.device)), content
 
 
 def restore(folder: Path) -> Run:
-    """Return a run as its last checkpoint left it."""
-    run = new_run(read_config(folder), folder)
+    """Return a run as its last checkpoint left it, on as many threads: sums depend on them."""
+    config, about = read_about(folder)
+    torch.set_num_threads(about["threads"])
+    run = new_run(config, folder)
     path = folder / "checkpoint.pt"
     content = load(path)
     try:

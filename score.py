@@ -22,6 +22,7 @@ and KLs are in nats. Functions return one value a row; the training loop takes t
 
 import copy
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -190,12 +191,11 @@ def score_terms(policy: GPT, base: GPT, r: Rollout, temperature: float, kl: str)
     with torch.no_grad():
         ref_law_BSV = token_law(base(ids_BS), temperature)
     logp_BS = law_BSV.gather(-1, target_BS1)[..., 0]
+    turns = (own_mask1(r), r.mask2_BS)
     if kl == "exact":
-        kls = [kl_exact(law_BSV, ref_law_BSV, logp_BS, m) for m in (own_mask1(r), r.mask2_BS)]
-    else:
-        ref_logp_BS = ref_law_BSV.gather(-1, target_BS1)[..., 0]
-        kls = [kl_k1(logp_BS, ref_logp_BS, m) for m in (own_mask1(r), r.mask2_BS)]
-    return logp_BS, *kls
+        return logp_BS, *(kl_exact(law_BSV, ref_law_BSV, logp_BS, mask_BS) for mask_BS in turns)
+    ref_logp_BS = ref_law_BSV.gather(-1, target_BS1)[..., 0]
+    return logp_BS, *(kl_k1(logp_BS, ref_logp_BS, mask_BS) for mask_BS in turns)
 
 
 def own_mask1(r: Rollout):
@@ -205,22 +205,34 @@ def own_mask1(r: Rollout):
 
 def sft_step(run: Run) -> dict:
     """Take one supervised step on fresh documents; return what is logged."""
-    c = run.config
-    clean = run.progress.step < c.clean * c.sft_steps  # it learns to check before it gets careless
+    c, p = run.config, run.progress
+    clean = p.step < c.clean * c.sft_steps  # first it learns to check a draft
+    if p.step % 25 == 0:
+        p.skill = first_skill(run)
     documents = verify.corpus(
         c.sft_batch, run.problem_rng, c.digits, forget=c.forget, right_draft=c.right_draft,
         right_revision=1.0 if clean else c.right_revision, copy=0.0 if clean else c.copy,
         split_seed=c.split_seed,
     )  # fmt: skip
     r = read_documents(documents, c.device)
-    mask_BS = r.mask1_BS | r.mask2_BS
+    mask_BS = r.mask1_BS | r.mask2_BS if p.skill < c.skill else r.mask2_BS
     logp_BS = token_law(run.policy(r.ids_BT[:, :-1]), 1.0).gather(-1, r.ids_BT[:, 1:, None])[..., 0]
     loss = loss_sft(logp_BS, mask_BS).sum() / mask_BS.sum()
     run.optimizer.zero_grad()
     loss.backward()
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), c.clip)
+    grad_norm = torch.nn.utils.clip_grad_norm_(
+        run.policy.parameters(), c.clip, error_if_nonfinite=True
+    )
     run.optimizer.step()
-    return {"loss": loss.item(), "grad_norm": grad_norm.item()}
+    return {"loss": loss.item(), "grad_norm": grad_norm.item(), "skill": p.skill}
+
+
+def first_skill(run: Run) -> float:
+    """Return the share of 200 training problems whose greedy first attempt is right."""
+    c, rng = run.config, np.random.default_rng([run.config.seed, run.progress.step])
+    problems = verify.problems(200, "train", rng, c.digits, c.split_seed)
+    reward1_B, _ = grade(sample(run.policy, c, problems, None, temperature=0), problems)
+    return reward1_B.mean().item()
 
 
 def sample(model: GPT, c: Config, problems, generator, temperature, **offline) -> Rollout:
@@ -248,7 +260,7 @@ def check_sampler(policy: GPT, c: Config) -> None:
     r = sample(policy, c, problems, generator, c.temperature)
     with torch.no_grad():
         gap = sampler_gap(score_terms(policy, policy, r, c.temperature, c.kl)[0], r)
-    if gap > 1e-5:
+    if not gap <= 1e-5:  # also if it is not a number
         raise RuntimeError(f"sampler and trainer disagree by {gap:.1e} nats about a token")
 
 
@@ -269,7 +281,7 @@ def rl_step(run: Run, phase: Phase) -> dict:
     offline = {}
     if c.offline and phase.objective == "stage2":
         rows_B = torch.arange(c.batch, device=c.device)
-        offline1_B = rows_B < int(c.offline * n_problems) * c.group
+        offline1_B = rows_B < round(c.offline * n_problems) * c.group
         offline = dict(author1=run.base, offline1_B=offline1_B)
     r = sample(run.policy, c, problems, run.sampler, c.temperature, **offline)
     reward1_B, reward2_B = grade(r, problems)
@@ -292,7 +304,9 @@ def rl_step(run: Run, phase: Phase) -> dict:
         (loss_B.sum() / c.batch).backward()
         gap = max(gap, sampler_gap(logp_BS.detach(), part))
         kl1, kl2 = kl1 + kl1_B.sum().item(), kl2 + kl2_B.sum().item()
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), c.clip)
+    grad_norm = torch.nn.utils.clip_grad_norm_(
+        run.policy.parameters(), c.clip, error_if_nonfinite=True
+    )
     run.optimizer.step()
 
     own_B = ~r.offline1_B
@@ -303,17 +317,18 @@ def rl_step(run: Run, phase: Phase) -> dict:
         grad_norm=grad_norm.item(), gap=gap, truncated1=r.truncated1_B.float().mean().item(),
         truncated2=r.truncated2_B.float().mean().item(),
     )  # fmt: skip
-    if c.adaptive_beta2:
+    if c.adaptive_beta2 and phase.objective == "stage1":
         p.beta2 = balanced_beta2(p.beta2, acc_t2, kl1, c.beta2)
     return log
 
 
 def balanced_beta2(beta2: float, reward2: float, kl1: float, start: float) -> float:
-    """Return the next step's beta2, drawn towards the value at which beta2 KL1 = r2.
+    """Return the next step's beta2, a part of the way to r2 / KL1, where beta2 KL1 = r2.
 
     Source: arXiv 2409.12917v2 mentions, and no more, a beta2 that adapts so as to balance the first
     attempt's KL and the second attempt's objective. The geometric smoothing (a tenth of the way a
-    step) and the bounds (a tenth to ten times the start) are ours.
+    step) and the bounds (a tenth to ten times the start) are ours. The balance need not be stable:
+    where KL1 falls faster than 1 / beta2, a larger beta2 asks for a still larger one, to the bound.
 
     >>> balanced_beta2(0.1, 0.5, 5.0, 0.1), round(balanced_beta2(0.1, 0.5, 0.0, 0.1), 3)
     (0.1, 0.126)
@@ -332,6 +347,8 @@ def train(run: Run, stop: threading.Event) -> bool:
     after the first: it is never replaced by what Stage I made of it.
     """
     with open(run.folder / "log.jsonl", "r+b") as log:
+        if log.seek(0, os.SEEK_END) < run.progress.log_bytes:
+            raise ValueError(f"{log.name} is shorter than the checkpoint says")
         log.truncate(run.progress.log_bytes)  # drop what was logged after the last checkpoint
         log.seek(run.progress.log_bytes)
         for phase in schedule(run.config)[run.progress.phase :]:
@@ -360,11 +377,14 @@ def train_phase(run: Run, phase: Phase, log: BinaryIO, stop: threading.Event) ->
         p.seconds = time.monotonic() - clock
         if p.step % BLOCK == 0 or p.step == phase.steps:
             show_progress(run, phase, row)
-        if stop.is_set() or p.step % c.save_every == 0:
+        stopping = stop.is_set()  # asked once: a signal may come at any moment
+        if stopping or p.step % c.save_every == 0:
+            os.fsync(log.fileno())  # the log is never shorter than a checkpoint says
             save_checkpoint(run)
-        if stop.is_set():
+        if stopping:
             return False
     finish_phase(run, phase)
+    os.fsync(log.fileno())
     save_checkpoint(run)
     return True
 
@@ -378,14 +398,13 @@ def learning_rate(c: Config, phase: Phase, step: int) -> float:
 
 
 def judge_block(run: Run, phase: Phase, row: dict) -> None:
-    """After each block of steps, remember its delta if first, its weights if best by reward.
+    """After each block of steps, remember its delta and, in the last phase, the best weights.
 
-    The reward is the stage's own, on training samples: r2 in Stage I, r1 + r2 in Stage II.
+    Best by reward on training samples, r1 + r2; only whole blocks are judged.
     Source: arXiv 2409.12917v2, section 6, selects checkpoints by training reward.
     """
     p = run.progress
-    reward = row["acc_t2"] + (row["acc_t1"] if phase.objective == "stage2" else 0.0)
-    p.block.append((reward, row["delta"]))
+    p.block.append((row["acc_t1"] + row["acc_t2"], row["delta"]))
     if len(p.block) < BLOCK:
         return
     reward, delta = (sum(values) / BLOCK for values in zip(*p.block, strict=True))
@@ -393,7 +412,7 @@ def judge_block(run: Run, phase: Phase, row: dict) -> None:
     if p.first_delta is None:
         p.first_delta = delta
     p.last_delta = delta
-    if p.best_reward is None or reward > p.best_reward:
+    if phase.name == run.config.method and (p.best_reward is None or reward > p.best_reward):
         p.best_reward, p.best_step = reward, p.step
         run.best = copy.deepcopy(run.policy.state_dict())
 
@@ -409,9 +428,8 @@ def enough(run: Run, phase: Phase) -> bool:
 def finish_phase(run: Run, phase: Phase) -> None:
     """Write the phase's weights, and prepare the next phase."""
     p, c = run.progress, run.config
-    last = p.phase == len(schedule(c)) - 1
     step = p.step
-    if last and c.select == "best" and run.best is not None:
+    if c.select == "best" and run.best is not None:
         run.policy.load_state_dict(run.best)
         step = p.best_step
     save(
@@ -433,7 +451,7 @@ def show_progress(run: Run, phase: Phase, row: dict) -> None:
     left *= p.seconds / (p.step * cost[phase.objective])
     line = f"{phase.name:>10} {p.step:>5}/{phase.steps}  "
     if phase.objective == "sft":
-        line += f"loss {row['loss']:.4f}" + 42 * " "
+        line += f"loss {row['loss']:.4f}  t1 {100 * row['skill']:5.1f} %" + 30 * " "
     else:
         line += (
             f"t1 {100 * row['acc_t1']:5.1f} %  t2 {100 * row['acc_t2']:5.1f} %  "
@@ -467,7 +485,7 @@ def main(argv: list[str]) -> int:
             print(f"stopped and saved; continue with: python score.py --resume {folder}")
             return 130
         evaluator = Path(__file__).with_name("eval.py")
-        return subprocess.run([sys.executable, evaluator, folder]).returncode
+        return subprocess.run([sys.executable, evaluator, folder.resolve()]).returncode
     except (ValueError, OSError) as error:
         print(f"score.py: error: {error}", file=sys.stderr)
         return 2

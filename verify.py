@@ -31,7 +31,7 @@ class Verdict(NamedTuple):
     """What a verifier says of one attempt.
 
     reward: 1 right, 0 not right, None if the gold answer is unreadable or the verifier failed.
-    status: "right", "wrong", "unparsed" (reward 0), "timeout" (reward 0) or "error" (reward None).
+    status: "right", "wrong", "unparsed" (reward 0) or "error" (reward None).
     detail: why, in words; empty where the status says it all.
     """
 
@@ -104,7 +104,7 @@ def split_of(a_N: np.ndarray, b_N: np.ndarray, split_seed: int = 0) -> np.ndarra
     """
     low, high = np.minimum(a_N, b_N).astype(np.uint64), np.maximum(a_N, b_N).astype(np.uint64)
     x = high * np.uint64(10**MAX_OPERAND_DIGITS) + low
-    x ^= np.uint64(split_seed) * np.uint64(0x9E3779B97F4A7C15)
+    x ^= np.uint64(split_seed * 0x9E3779B97F4A7C15 % 2**64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
     bucket = (x ^ (x >> np.uint64(31))) % np.uint64(10)
@@ -197,7 +197,7 @@ def corpus(
     """Draw n documents (prompt, draft, revision) that teach the base model to draft and revise.
 
     It is to be mediocre at both, as the paper's base is: it sometimes repairs a wrong draft, which
-    reinforcement learning can amplify, and as often spoils a right one.
+    reinforcement learning can amplify, and sometimes spoils a right one.
 
     Args:
       right_draft: probability of a right draft; the others are `forgetful_sum`s.

@@ -10,6 +10,7 @@ it does not know are score.py's.
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -37,6 +38,7 @@ def train(method: str, seed: int, folder: Path, options: list[str]) -> dict:
         cost = {
             "wall_seconds": None if words[0] == "--resume" else round(time.monotonic() - start, 1),
             "peak_mib": round(usage.ru_maxrss / 1024),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         }
         record.write_text(json.dumps(report | cost))
     return json.loads(record.read_text())
@@ -75,8 +77,9 @@ def seed_row(score: dict, multi_turn: dict) -> str:
 
 
 def tables(runs: list[dict]) -> str:
-    """Return README's two tables."""
+    """Return README's two tables and the cost of the first command."""
     score, multi_turn = ([r for r in runs if r["method"] == method] for method in METHODS)
+    seconds = sorted(r["wall_seconds"] or 1e9 for r in score)
     lines = [
         "| | Acc@t1 | Acc@t2 | Δ(t1,t2) | Δ i→c | Δ c→i |",
         "|---|---|---|---|---|---|",
@@ -89,6 +92,10 @@ def tables(runs: list[dict]) -> str:
         "| multi-turn t1 / t2 | multi-turn Δ |",
         "|---|---|---|---|---|---|---|---|",
         *(seed_row(a, b) for a, b in zip(score, multi_turn, strict=True)),
+        "",
+        f"`python score.py` took {seconds[len(seconds) // 2]:.0f} s ({seconds[0]:.0f} to "
+        f"{seconds[-1]:.0f}) and at most {max(r['peak_mib'] for r in score)} MiB "
+        f"({runs[0]['machine']}; commit {runs[0]['commit']}).",
     ]
     return "\n".join(lines)
 

@@ -153,8 +153,9 @@ def test_what_cannot_be_evaluated_is_one_line_and_changes_nothing(tmp_path, caps
         content = (folder / "score.pt").read_bytes()
         (folder / "score.pt").write_bytes(content[: len(content) // 2])
     else:
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"d_model": 16}))
+        about = json.loads((folder / "config.json").read_text())
+        about["config"]["d_model"] = 16
+        (folder / "config.json").write_text(json.dumps(about))
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     capsys.readouterr()
     assert evaluation.main([str(folder)]) == 2
@@ -169,4 +170,4 @@ def test_phase_files_of_an_unfinished_run_are_evaluated_as_far_as_they_go(tmp_pa
     assert evaluation.main([str(tmp_path / "run")]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert list(report["phases"]) == ["base", "stage1"]
-    assert runs.read_config(tmp_path / "run").eval_n == report["n"]
+    assert runs.read_about(tmp_path / "run")[0].eval_n == report["n"]

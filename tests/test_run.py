@@ -26,7 +26,7 @@ class StopAfter(threading.Event):
 
     def __init__(self, steps, die=False):
         super().__init__()
-        self.left, self.die = 2 * steps, die  # the loop asks twice a step
+        self.left, self.die = steps, die  # the loop asks once a step
 
     def is_set(self):
         self.left -= 1
@@ -132,6 +132,7 @@ def refused(capsys, argv, *words):
         (["--steps"], ["--steps"]),
         (["--seed", "one"], ["--seed", "one"]),
         (["--seed", "-1"], ["--seed", "-1", "between 0 and"]),
+        (["--digits", "1", "--split-seed", "341"], ["of 1 digits", "'test'"]),
         (["--digits", "0"], ["--digits", "0", "between 1 and 9"]),
         (["--digits", "10"], ["--digits", "10", "between 1 and 9"]),
         (["--batch", "0"], ["--batch", "0"]),
@@ -169,12 +170,34 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
     refused(capsys, ["--run", str(tmp_path / "file" / "run")], "file")
 
 
-def test_resume_takes_no_other_option(tmp_path, capsys):
-    refused(capsys, ["--resume", str(tmp_path), "--seed", "3"], "--resume")
+@pytest.mark.parametrize("other", [["--seed", "3"], ["--seed=3"], ["--no-qkv-bias"], ["--run=x"]])
+def test_resume_takes_no_other_option(tmp_path, capsys, other):
+    refused(capsys, [f"--resume={tmp_path}", *other], "--resume")
+
+
+def test_a_run_whose_creation_was_killed_can_be_created_again(tmp_path, monkeypatch):
+    def fail(run):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "save_checkpoint", fail)
+        with pytest.raises(ZeroDivisionError):
+            runs.create(CONFIG, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    runs.create(CONFIG, tmp_path / "run")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_run_records_what_it_was_started_with(tmp_path):
+    runs.create(CONFIG, tmp_path / "run")
+    config, about = runs.read_about(tmp_path / "run")
+    assert config == CONFIG
+    assert about["threads"] == torch.get_num_threads() and about["torch"] == torch.__version__
 
 
 @pytest.mark.parametrize("damage", ["absent", "no checkpoint", "cut", "flipped", "empty", "text",
-                                    "other size", "other content", "bad config"])  # fmt: skip
+                                    "other size", "other content", "bad config", "bad value",
+                                    "short log"])  # fmt: skip
 def test_a_missing_or_damaged_run_is_one_line_and_left_as_it_is(tmp_path, capsys, damage):
     folder = tmp_path / "run"
     runs.create(CONFIG, folder)
@@ -195,12 +218,20 @@ def test_a_missing_or_damaged_run_is_one_line_and_left_as_it_is(tmp_path, capsys
     elif damage == "text":
         path.write_text("not a checkpoint")
     elif damage == "other size":
-        other = json.loads((folder / "config.json").read_text()) | {"d_model": 16}
-        (folder / "config.json").write_text(json.dumps(other))
+        about = json.loads((folder / "config.json").read_text())
+        about["config"]["d_model"] = 16
+        (folder / "config.json").write_text(json.dumps(about))
     elif damage == "other content":
         runs.save({"policy": {}}, path)
+    elif damage == "bad config":
+        (folder / "config.json").write_text('{"config": {"seed": 0, "colour": "red"}}')
+    elif damage == "bad value":
+        about = json.loads((folder / "config.json").read_text())
+        about["config"]["seed"] = 0.5
+        (folder / "config.json").write_text(json.dumps(about))
     else:
-        (folder / "config.json").write_text('{"seed": 0, "colour": "red"}')
+        assert not score.train(runs.restore(folder), StopAfter(2))
+        (folder / "log.jsonl").write_bytes((folder / "log.jsonl").read_bytes()[:50])
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     refused(capsys, ["--resume", str(folder)], str(folder))
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

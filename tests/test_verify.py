@@ -71,6 +71,7 @@ def test_a_problem_and_its_mirror_image_share_a_split_and_the_seed_matters():
     assert (verify.split_of(a, b) == verify.split_of(b, a)).all()
     moved = verify.split_of(a, b, split_seed=1) != verify.split_of(a, b, split_seed=0)
     assert 0.2 < moved.mean() < 0.5  # 0.34 expected of independent partitions
+    assert set(verify.split_of(a, b, split_seed=2**31)) == {"train", "dev", "test"}
 
 
 def test_training_and_evaluation_problems_are_disjoint():

@@ -1,0 +1,249 @@
+"""What the step, the schedule and the evaluation do with the pieces that other tests prove."""
+
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_score import TINY
+
+import eval as evaluation
+import rollout
+import run as runs
+import score
+import verify
+
+CONFIG = runs.Config(
+    **TINY | dict(batch=12, group=3, temperature=0.7, alpha=4.0, beta1=0.3, beta2=0.8, clip=1e9)
+)
+REWARD1 = [1.0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 0, 1]
+REWARD2 = [1.0, 1, 0, 0, 1, 0, 1, 0, 0, 1, 1, 0]
+
+
+def prepared(monkeypatch, tmp_path, config=CONFIG):
+    """Return a float64 run whose base differs from its policy, and what its step will have seen."""
+    run, seen = runs.new_run(config, tmp_path), {}
+    run.policy.double()
+    run.base = copy.deepcopy(run.policy).requires_grad_(False)
+    with torch.no_grad():
+        for i, weight in enumerate(run.base.parameters()):
+            weight.add_(0.1 * torch.cos(torch.arange(weight.numel()).view(weight.shape) + i))
+    real = rollout.rollout
+
+    def watched(model, prompts, *args, **law):
+        seen.update(model=model, prompts=prompts, **law, r=real(model, prompts, *args, **law))
+        return seen["r"]
+
+    def graded(r, problems):
+        seen.update(problems=problems)
+        return torch.tensor(REWARD1).double(), torch.tensor(REWARD2).double()
+
+    monkeypatch.setattr(score, "rollout", watched)
+    monkeypatch.setattr(score, "grade", graded)
+    run.progress.beta2 = 0.9
+    return run, seen
+
+
+def others(values, b, G=3):
+    group = [values[i] for i in range(b // G * G, b // G * G + G) if i != b]
+    return sum(group) / len(group)
+
+
+def by_rows(run, seen, stage, alpha):
+    """Return the gradient of one step, row by row and token by token, from the definitions."""
+    c, r, loss, kls = run.config, seen["r"], 0.0, ([], [])
+    policy = copy.deepcopy(run.policy)
+    policy.zero_grad()
+    bonus = [b2 + alpha * (b2 - b1) for b1, b2 in zip(REWARD1, REWARD2, strict=True)]
+    for b in range(c.batch):
+        ids = r.ids_BT[b : b + 1, : int(r.length_B[b])]
+        p = torch.log_softmax(policy(ids)[0] / c.temperature, -1)
+        q = torch.log_softmax(run.base(ids)[0] / c.temperature, -1)
+        if stage == "stage1":
+            pay, weight = (0.0, REWARD2[b] - others(REWARD2, b)), (c.beta1 + 0.9, c.beta1)
+        else:
+            pay = (REWARD1[b] - others(REWARD1, b), bonus[b] - others(bonus, b))
+            weight = (c.beta1, c.beta1)
+        for turn, mask in enumerate((r.mask1_BS, r.mask2_BS)):
+            if turn == 0 and r.offline1_B[b]:
+                continue
+            steps = mask[b].nonzero()[:, 0].tolist()
+            kl = [sum(math.e ** p[s, v] * (p[s, v] - q[s, v]) for v in range(14)) for s in steps]
+            kls[turn].append(sum(x.item() for x in kl))
+            for i, s in enumerate(steps):
+                future = sum(x.item() for x in kl[i + 1 :])
+                loss = loss + weight[turn] * (kl[i] + p[s, ids[0, s + 1]] * future) / c.batch
+                loss = loss - pay[turn] * p[s, ids[0, s + 1]] / c.batch
+    loss.backward()
+    return [w.grad for w in policy.parameters()], kls
+
+
+@pytest.mark.parametrize("micro_batch", [0, 3])
+@pytest.mark.parametrize(("stage", "offline"), [("stage1", 0.5), ("stage2", 0.0), ("stage2", 0.5)])
+def test_a_whole_step_takes_the_gradient_of_its_definition(
+    monkeypatch, tmp_path, stage, offline, micro_batch
+):
+    config = replace(CONFIG, offline=offline, micro_batch=micro_batch)
+    run, seen = prepared(monkeypatch, tmp_path, config)
+    monkeypatch.setattr(run.optimizer, "step", lambda: None)
+    phase = runs.Phase("x", stage, 5, alpha=4.0 if stage == "stage2" else 0.0)
+    log = score.rl_step(run, phase)
+    expected, kls = by_rows(run, seen, stage, phase.alpha)
+    for weight, gradient in zip(run.policy.parameters(), expected, strict=True):
+        torch.testing.assert_close(weight.grad, gradient, rtol=1e-6, atol=1e-9)
+
+    off = seen["r"].offline1_B
+    assert off.tolist() == [stage == "stage2" and b < 12 * offline for b in range(12)]
+    assert seen.get("author1") is (run.base if off.any() else None)
+    own = [b for b in range(12) if not off[b]]
+    assert log["acc_t1"] == pytest.approx(np.mean([REWARD1[b] for b in own]))
+    assert log["acc_t2"] == pytest.approx(np.mean([REWARD2[b] for b in own]))
+    assert log["kl1"] == pytest.approx(np.mean(kls[0]))
+    assert log["kl2"] == pytest.approx(np.mean(kls[1]))
+    assert log["gap"] < 1e-12
+    assert seen["model"] is run.policy and seen["temperature"] == 0.7
+    assert seen["generator"] is run.sampler
+
+
+def test_rows_of_a_group_are_one_training_problem_side_by_side(monkeypatch, tmp_path):
+    run, seen = prepared(monkeypatch, tmp_path)
+    score.rl_step(run, runs.Phase("x", "stage1", 5))
+    encoding = rollout.toy_encoding()
+    for b, problem in enumerate(seen["problems"]):
+        assert problem == seen["problems"][b // 3 * 3]
+        assert encoding.decode(seen["prompts"][b]) == problem.prompt
+        a, c = problem.prompt.removesuffix("=").split("+")
+        assert verify.split_of(np.array([int(a)]), np.array([int(c)]))[0] == "train"
+    assert len(set(seen["problems"])) == 4
+
+
+def test_the_gradient_is_clipped_and_adaptive_beta2_moves_in_stage_1_only(monkeypatch, tmp_path):
+    for stage in ("stage1", "stage2"):
+        config = replace(CONFIG, clip=1e-3, adaptive_beta2=True)
+        run, _ = prepared(monkeypatch, tmp_path, config)
+        log = score.rl_step(run, runs.Phase("x", stage, 5, 4.0))
+        norm = torch.stack([w.grad.norm() for w in run.policy.parameters()]).norm()
+        assert norm == pytest.approx(1e-3, rel=1e-3) and log["grad_norm"] > 1e-3
+        moved = score.balanced_beta2(0.9, log["acc_t2"], log["kl1"], 0.8)
+        assert run.progress.beta2 == (pytest.approx(moved) if stage == "stage1" else 0.9)
+
+
+def test_the_phases_of_score():
+    phases = runs.schedule(runs.Config())
+    assert [(p.name, p.objective, p.alpha) for p in phases] == [
+        ("base", "sft", 0.0), ("stage1", "stage1", 0.0), ("score", "stage2", 10.0)
+    ]  # fmt: skip
+
+
+def test_rates_warm_up_and_the_bases_falls_to_zero():
+    c = runs.Config(lr=0.1, warmup=4, sft_lr=0.2, sft_warmup=4, sft_steps=10)
+    base, stage = runs.Phase("base", "sft", 10), runs.Phase("stage1", "stage1", 10)
+    rates = [score.learning_rate(c, stage, i) for i in range(7)]
+    assert rates == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1, 0.1, 0.1])
+    rates = [score.learning_rate(c, base, i) for i in (0, 4, 9)]
+    assert rates == pytest.approx([0.04, 0.12, 0.02])
+
+
+def test_seeds_give_other_weights_problems_and_samples(tmp_path):
+    a, b = (runs.new_run(runs.Config(**TINY, seed=s), tmp_path) for s in (0, 1))
+    assert not torch.equal(a.policy.head.weight, b.policy.head.weight)
+    assert a.problem_rng.integers(10**9) != b.problem_rng.integers(10**9)
+    assert a.sampler.initial_seed() != b.sampler.initial_seed()
+
+
+def test_the_base_reads_right_revisions_first_and_rests_its_drafts_at_skill(monkeypatch, tmp_path):
+    asked, masks, corpus = [], [], verify.corpus
+
+    def read(*words, **shares):
+        asked.append((shares["copy"], shares["right_revision"]))
+        return corpus(*words, **shares)
+
+    def loss(logp_BS, mask_BS):
+        masks.append(mask_BS)
+        return -(logp_BS * mask_BS).sum(dim=1)
+
+    monkeypatch.setattr(verify, "corpus", read)
+    monkeypatch.setattr(score, "loss_sft", loss)
+    c = runs.Config(**TINY | dict(sft_steps=8, clean=0.5, copy=0.6, right_revision=0.3, skill=0.4))
+    for skill, tokens in ((0.39, 2 * 3), (0.4, 3)):  # two digits and an end of turn an attempt
+        run = runs.new_run(c, tmp_path)
+        monkeypatch.setattr(score, "first_skill", lambda run, skill=skill: skill)
+        asked.clear()
+        for run.progress.step in range(8):
+            score.sft_step(run)
+        assert asked == [(0.0, 1.0)] * 4 + [(0.6, 0.3)] * 4
+        assert masks[-1].sum(dim=1).tolist() == [tokens] * TINY["sft_batch"]
+
+
+def fake_rollout(firsts, seconds, cut1):
+    documents = list(zip(["1+1="] * len(firsts), firsts, seconds, strict=True))
+    r = rollout.read_documents(documents, "cpu")
+    r.truncated1_B = torch.tensor(cut1)
+    return r
+
+
+def test_truncated_attempts_are_not_paid():
+    problems = [verify.Problem("1+1=", "2")] * 3
+    encoding = rollout.toy_encoding()
+    r = fake_rollout(["02", "02", "2"], ["3", "2", "02"], [False, False, False])
+    assert [x.tolist() for x in rollout.grade(r, problems)] == [[1, 1, 1], [0, 1, 1]]
+    for b, cut in ((1, r.truncated1_B), (2, r.truncated2_B)):
+        cut[b] = True  # the last token of the mask then is a digit, not an end of turn
+    r.ids_BT[r.ids_BT == rollout.encode(encoding, rollout.END)[0]] = 2
+    assert [x.tolist() for x in rollout.grade(r, problems)][0][1] == 0
+    assert [x.tolist() for x in rollout.grade(r, problems)][1][2] == 0
+
+
+def test_a_verifier_that_fails_is_an_error_not_a_reward():
+    with pytest.raises(RuntimeError, match="no verdict"):
+        rollout.grade(fake_rollout(["2"], ["2"], [False]), [verify.Problem("1+1=", "two")])
+
+
+def test_behaviour_is_measured_on_what_was_sampled(monkeypatch, tmp_path):
+    """Five problems by hand: kept, repaired, spoiled, changed in vain, copied wrong."""
+    firsts, seconds = ["2", "3", "02", "4", "5"], ["2", "2", "9", "77", "5"]
+    asked = []
+
+    def sample(model, c, problems, generator, temperature):
+        asked.append((generator.initial_seed(), temperature))
+        return fake_rollout(firsts, seconds, [False] * 5)
+
+    monkeypatch.setattr(evaluation, "sample", sample)
+    m = evaluation.evaluate(None, runs.Config(), [verify.Problem("1+1=", "2")] * 5, 0.3)
+    assert asked == [(0, 0.3)]
+    assert (m["acc_t1"], m["acc_t2"], m["delta_i_to_c"], m["delta_c_to_i"]) == (0.4, 0.4, 0.2, 0.2)
+    assert m["changed"] == pytest.approx(3 / 5)
+    assert m["changed_if_wrong"] == pytest.approx(2 / 3)
+    assert m["edit_ratio"] == pytest.approx((0 + 1 / 2 + 2 / 3 + 2 / 3 + 0) / 5)
+    assert m["repair_rate"] == pytest.approx(1 / 3)
+    assert m["repair_rate_interval"] == pytest.approx(evaluation.wilson(1, 3))
+    assert m["spoil_rate_interval"] == pytest.approx(evaluation.wilson(1, 2))
+    assert m["attempts"][2] == ("02", "9", True, False)
+
+
+def test_edit_ratio_is_over_the_length_of_both():
+    assert evaluation.edit_ratio("ab", "cd") == 0.5
+    assert evaluation.edit_ratio("", "abc") == 1.0
+
+
+def test_the_report_is_greedy_on_the_named_split_and_sampled_beside_it(monkeypatch, tmp_path):
+    run = runs.create(runs.Config(**TINY), tmp_path / "run")
+    score.finish_phase(run, runs.schedule(run.config)[0])
+    asked = []
+
+    def evaluate(model, c, problems, temperature):
+        for problem in problems:
+            a, b = problem.prompt.removesuffix("=").split("+")
+            split = str(verify.split_of(np.array([int(a)]), np.array([int(b)]))[0])
+            asked.append((split, temperature))
+        return evaluation.metrics(np.array([True]), np.array([True])) | {
+            "attempts": [("1", "1", True, True)] * len(problems), "changed_if_wrong": None
+        }  # fmt: skip
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    for split in ("dev", "test"):
+        asked.clear()
+        evaluation.report(tmp_path / "run", split, 6)
+        assert asked == [(split, 0)] * 6 + [(split, 1.0)] * 6
