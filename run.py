@@ -62,14 +62,13 @@ class Config:
     sft_lr: float = knob(6e-3, "peak learning rate, then linear to 0", 0, 1)
     sft_warmup: int = knob(100, "steps of linear warm-up of the base", 0, 10**9)
     forget: float = knob(0.5, "probability that a draft slips a carry at a column of 9", 0, 1)
-    right_draft: float = knob(0.2, "probability of a right draft", 0, 1)
+    right_draft: float = knob(0.17, "probability of a right draft", 0, 1)
     right_revision: float = knob(0.25, "probability of a right revision", 0, 1)
-    copy: float = knob(0.65, "probability that the revision copies the draft", 0, 1)
+    copy: float = knob(0.67, "probability that the revision copies the draft", 0, 1)
     clean: float = knob(0.75, "share of the steps, the first, with all revisions right", 0, 1)
-    skill: float = knob(0.5, "first attempts right, greedy, at which drafts rest", 0, 1)
     # reinforcement learning
     stage1_steps: int = knob(80, "steps of Stage I", 1, 10**9)
-    stage2_steps: int = knob(100, "steps of Stage II", 1, 10**9)
+    stage2_steps: int = knob(80, "steps of Stage II", 1, 10**9)
     rounds: int = knob(1, "how often the two stages alternate, sharing their steps", 1, 1000)
     stage1_gain: float = knob(0, "end Stage I when delta has risen by this; 0: by steps", 0, 1)
     batch: int = knob(256, "rollouts a step", 2, 2**20)
@@ -82,7 +81,7 @@ class Config:
     max_new: int = knob(0, "limit of an attempt, in tokens; 0: just enough", 0, 2**20)
     alpha: float = knob(10.0, "weight of the progress bonus in Stage II", 0, 1e6)
     beta1: float = knob(0.01, "weight of the KL to the base, both turns and stages", 0, 1e6)
-    beta2: float = knob(2.0, "weight of the KL that holds attempt 1 in Stage I", 0, 1e6)
+    beta2: float = knob(4.0, "weight of the KL that holds attempt 1 in Stage I", 0, 1e6)
     adaptive_beta2: bool = knob(False, "balance beta2's KL with attempt 2's reward")
     kl: str = knob("exact", "estimator of the KL", choices=("exact", "k1"))
     offline: float = knob(0, "share of Stage II's problems with the base's attempt 1", 0, 0.99)
@@ -194,7 +193,6 @@ class Progress:
 
     phase: int = 0
     step: int = 0  # finished steps of this phase
-    skill: float = 0.0  # greedy first attempts that were right when last looked at, in the base
     beta2: float = 0.0
     block: list = field(default_factory=list)  # (training reward, delta) since the last full block
     first_delta: float | None = None  # means over the phase's first and last full block

@@ -205,17 +205,15 @@ def own_mask1(r: Rollout):
 
 def sft_step(run: Run) -> dict:
     """Take one supervised step on fresh documents; return what is logged."""
-    c, p = run.config, run.progress
-    clean = p.step < c.clean * c.sft_steps  # first it learns to check a draft
-    if p.step % 25 == 0:
-        p.skill = first_skill(run)
+    c = run.config
+    clean = run.progress.step < c.clean * c.sft_steps  # it learns to check before it gets careless
     documents = verify.corpus(
         c.sft_batch, run.problem_rng, c.digits, forget=c.forget, right_draft=c.right_draft,
         right_revision=1.0 if clean else c.right_revision, copy=0.0 if clean else c.copy,
         split_seed=c.split_seed,
     )  # fmt: skip
     r = read_documents(documents, c.device)
-    mask_BS = r.mask1_BS | r.mask2_BS if p.skill < c.skill else r.mask2_BS
+    mask_BS = r.mask1_BS | r.mask2_BS
     logp_BS = token_law(run.policy(r.ids_BT[:, :-1]), 1.0).gather(-1, r.ids_BT[:, 1:, None])[..., 0]
     loss = loss_sft(logp_BS, mask_BS).sum() / mask_BS.sum()
     run.optimizer.zero_grad()
@@ -224,15 +222,7 @@ def sft_step(run: Run) -> dict:
         run.policy.parameters(), c.clip, error_if_nonfinite=True
     )
     run.optimizer.step()
-    return {"loss": loss.item(), "grad_norm": grad_norm.item(), "skill": p.skill}
-
-
-def first_skill(run: Run) -> float:
-    """Return the share of 200 training problems whose greedy first attempt is right."""
-    c, rng = run.config, np.random.default_rng([run.config.seed, run.progress.step])
-    problems = verify.problems(200, "train", rng, c.digits, c.split_seed)
-    reward1_B, _ = grade(sample(run.policy, c, problems, None, temperature=0), problems)
-    return reward1_B.mean().item()
+    return {"loss": loss.item(), "grad_norm": grad_norm.item()}
 
 
 def sample(model: GPT, c: Config, problems, generator, temperature, **offline) -> Rollout:
@@ -451,7 +441,7 @@ def show_progress(run: Run, phase: Phase, row: dict) -> None:
     left *= p.seconds / (p.step * cost[phase.objective])
     line = f"{phase.name:>10} {p.step:>5}/{phase.steps}  "
     if phase.objective == "sft":
-        line += f"loss {row['loss']:.4f}  t1 {100 * row['skill']:5.1f} %" + 30 * " "
+        line += f"loss {row['loss']:.4f}" + 42 * " "
     else:
         line += (
             f"t1 {100 * row['acc_t1']:5.1f} %  t2 {100 * row['acc_t2']:5.1f} %  "

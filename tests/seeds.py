@@ -77,7 +77,7 @@ def seed_row(score: dict, multi_turn: dict) -> str:
 
 
 def tables(runs: list[dict]) -> str:
-    """Return README's two tables and the cost of the first command."""
+    """Return README's tables: means, seeds, the cost of the first command, and the claims."""
     score, multi_turn = ([r for r in runs if r["method"] == method] for method in METHODS)
     seconds = sorted(r["wall_seconds"] or 1e9 for r in score)
     lines = [
@@ -95,7 +95,16 @@ def tables(runs: list[dict]) -> str:
         "",
         f"`python score.py` took {seconds[len(seconds) // 2]:.0f} s ({seconds[0]:.0f} to "
         f"{seconds[-1]:.0f}) and at most {max(r['peak_mib'] for r in score)} MiB "
-        f"({runs[0]['machine']}; commit {runs[0]['commit']}).",
+        f"({runs[0]['machine']}, {runs[0]['threads']} threads; commit {runs[0]['commit']}).",
+        "",
+        "| asked of every seed | seed by seed | holds in all |",
+        "|---|---|---|",
+        *(
+            f"| {words} | "
+            + ", ".join(f"{x:.1f}" for x in values)
+            + f" | {'yes' if holds else 'NO'} |"
+            for words, values, holds in claims(runs)
+        ),
     ]
     return "\n".join(lines)
 
@@ -142,9 +151,13 @@ def main(argv: list[str]) -> int:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(runs, indent=1) + "\n")
     runs = json.loads(args.out.read_text())
-    print(tables(runs), end="\n\n")
-    for words, values, holds in claims(runs):
-        print(f"{'yes' if holds else 'NO ':3}  {words}: " + "  ".join(f"{x:.1f}" for x in values))
+    settings = [{k: v for k, v in r["config"].items() if k not in ("seed", "method")} for r in runs]
+    if any(
+        (r["commit"], s) != (runs[0]["commit"], settings[0])
+        for r, s in zip(runs, settings, strict=True)
+    ):
+        sys.exit(f"runs of different commits or settings: remove the old ones from {args.runs}")
+    print(tables(runs))
     return 0 if all(holds for *_, holds in claims(runs)) else 1
 
 

@@ -153,7 +153,7 @@ def test_seeds_give_other_weights_problems_and_samples(tmp_path):
     assert a.sampler.initial_seed() != b.sampler.initial_seed()
 
 
-def test_the_base_reads_right_revisions_first_and_rests_its_drafts_at_skill(monkeypatch, tmp_path):
+def test_the_base_reads_right_revisions_first_and_learns_both_attempts(monkeypatch, tmp_path):
     asked, masks, corpus = [], [], verify.corpus
 
     def read(*words, **shares):
@@ -166,15 +166,13 @@ def test_the_base_reads_right_revisions_first_and_rests_its_drafts_at_skill(monk
 
     monkeypatch.setattr(verify, "corpus", read)
     monkeypatch.setattr(score, "loss_sft", loss)
-    c = runs.Config(**TINY | dict(sft_steps=8, clean=0.5, copy=0.6, right_revision=0.3, skill=0.4))
-    for skill, tokens in ((0.39, 2 * 3), (0.4, 3)):  # two digits and an end of turn an attempt
-        run = runs.new_run(c, tmp_path)
-        monkeypatch.setattr(score, "first_skill", lambda run, skill=skill: skill)
-        asked.clear()
-        for run.progress.step in range(8):
-            score.sft_step(run)
-        assert asked == [(0.0, 1.0)] * 4 + [(0.6, 0.3)] * 4
-        assert masks[-1].sum(dim=1).tolist() == [tokens] * TINY["sft_batch"]
+    c = runs.Config(**TINY | dict(sft_steps=8, clean=0.5, copy=0.6, right_revision=0.3))
+    run = runs.new_run(c, tmp_path)
+    for run.progress.step in range(8):
+        score.sft_step(run)
+    assert asked == [(0.0, 1.0)] * 4 + [(0.6, 0.3)] * 4
+    two_digits_and_an_end_twice = [6] * TINY["sft_batch"]
+    assert all(mask.sum(dim=1).tolist() == two_digits_and_an_end_twice for mask in masks)
 
 
 def fake_rollout(firsts, seconds, cut1):
