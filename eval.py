@@ -249,7 +249,7 @@ def show(r: dict) -> None:
           "per cent [95 % interval]\n")  # fmt: skip
     print(table(r["phases"]))
     for t in r["transcripts"]:
-        print(f"\n{t['kind']:>9}  {t['prompt']}{t['gold']}\n attempt 1  {t['attempt1']}"
+        print(f"\n{t['kind']:>9}  {t['prompt']}   gold {t['gold']}\n attempt 1  {t['attempt1']}"
               f"\n attempt 2  {t['attempt2']}")  # fmt: skip
     for note in r["diagnosis"]:
         print(f"\nDIAGNOSIS  {note}")

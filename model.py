@@ -60,7 +60,7 @@ class Cache:
     """Keys and values of the tokens that a model has read, preallocated, with a length per row.
 
     k, v: one [B, S, J, K] tensor a layer. length_B: tokens held by each row, int64.
-    reach: no row is longer than this; a plain int, so that reading it never waits for a device.
+    reach: an upper bound of every length; a plain int, so that reading it waits for no device.
     """
 
     def __init__(self, model: "GPT", rows: int, slots: int):
@@ -113,7 +113,7 @@ class Attention(nn.Module):
         if kept is not None:
             k_BSJK, v_BSJK, position_BT, mask_B1TS = kept
             row_B1 = torch.arange(B, device=x_BTD.device)[:, None]
-            k_BSJK[row_B1, position_BT] = k
+            k_BSJK[row_B1, position_BT] = k  # padding lands beyond the row's length, unseen
             v_BSJK[row_B1, position_BT] = v
             reach = mask_B1TS.shape[-1]
             k, v = k_BSJK[:, :reach], v_BSJK[:, :reach]
@@ -210,10 +210,10 @@ class GPT(nn.Module):
             cos, sin = self.cos[:T, None], self.sin[:T, None]
             kept = [None] * len(self.blocks)
         else:
+            slots = cache.k[0].shape[1]
+            if cache.reach + T > slots:
+                raise ValueError(f"a cache of {slots} slots cannot take {cache.reach + T} tokens")
             cache.reach += T
-            if cache.reach > cache.k[0].shape[1]:
-                slots = cache.k[0].shape[1]
-                raise ValueError(f"a cache of {slots} slots cannot take {cache.reach} tokens")
             position_BT = cache.length_B[:, None] + torch.arange(T, device=ids_BT.device)
             slot_S = torch.arange(cache.reach, device=ids_BT.device)
             mask_B1TS = (slot_S <= position_BT[..., None])[:, None]

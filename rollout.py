@@ -268,6 +268,7 @@ def rollout(
         cache = Cache(model, B, slots)
         read_B = prompt[1] + turn1.n_B - 1
         model.hidden(join([prompt, (turn1.ids_BN, turn1.n_B)], torch.long), cache, read_B)
+    # an attempt's last token was sampled but never fed to the model: turn 2 reads it first
     unread_B1 = turn1.ids_BN.gather(1, turn1.n_B[:, None] - 1)
     order_BC = torch.tensor(instruction, device=device).expand(B, -1)
     n_order_B = torch.full_like(turn1.n_B, len(instruction))

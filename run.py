@@ -62,15 +62,19 @@ class Config:
     sft_lr: float = knob(6e-3, "peak learning rate, then linear to 0", 0, 1)
     sft_warmup: int = knob(100, "steps of linear warm-up of the base", 0, 10**9)
     forget: float = knob(0.5, "probability that a draft slips a carry at a column of 9", 0, 1)
-    right_draft: float = knob(0.17, "probability of a right draft", 0, 1)
-    right_revision: float = knob(0.25, "probability of a right revision", 0, 1)
-    copy: float = knob(0.67, "probability that the revision copies the draft", 0, 1)
-    clean: float = knob(0.75, "share of the steps, the first, with all revisions right", 0, 1)
+    right_draft: float = knob(0.17, "share of drafts made right; others are right by luck", 0, 1)
+    right_revision: float = knob(0.25, "share of right revisions, after the clean part", 0, 1)
+    copy: float = knob(0.67, "share of copied drafts, after the clean part", 0, 1)
+    clean: float = knob(
+        0.75, "share of the base's steps, its first, with right revisions only", 0, 1
+    )
     # reinforcement learning
     stage1_steps: int = knob(80, "steps of Stage I", 1, 10**9)
     stage2_steps: int = knob(80, "steps of Stage II", 1, 10**9)
     rounds: int = knob(1, "how often the two stages alternate, sharing their steps", 1, 1000)
-    stage1_gain: float = knob(0, "end Stage I when delta has risen by this; 0: by steps", 0, 1)
+    stage1_gain: float = knob(
+        0, "end Stage I when a block's delta has risen so much; 0: never", 0, 1
+    )
     batch: int = knob(256, "rollouts a step", 2, 2**20)
     group: int = knob(4, "rollouts of each problem (leave-one-out baseline)", 2, 2**20)
     micro_batch: int = knob(0, "rollouts in one backward pass, whole groups; 0: all", 0, 2**20)
@@ -79,7 +83,7 @@ class Config:
     clip: float = knob(1.0, "limit of the gradient's norm", 1e-9, 1e9)
     temperature: float = knob(1.0, "of the samples and of all log-probabilities", 0.01, 100)
     max_new: int = knob(0, "limit of an attempt, in tokens; 0: just enough", 0, 2**20)
-    alpha: float = knob(10.0, "weight of the progress bonus in Stage II", 0, 1e6)
+    alpha: float = knob(10.0, "weight of the progress bonus in SCoRe's Stage II", 0, 1e6)
     beta1: float = knob(0.01, "weight of the KL to the base, both turns and stages", 0, 1e6)
     beta2: float = knob(4.0, "weight of the KL that holds attempt 1 in Stage I", 0, 1e6)
     adaptive_beta2: bool = knob(False, "balance beta2's KL with attempt 2's reward")
@@ -99,10 +103,15 @@ class Config:
             if choices and value not in choices:
                 raise ValueError(f"{option} must be one of {', '.join(choices)}, got {value!r}")
             if low is not None and not low <= value <= high:
-                raise ValueError(f"{option} must be between {low:g} and {high:g}, got {value}")
+                raise ValueError(
+                    f"{option} must be between {low:.10g} and {high:.10g}, got {value}"
+                )
         for option, rows in (("--batch", self.batch), ("--micro-batch", self.micro_batch)):
             if rows % self.group:
                 raise ValueError(f"{option} must be a multiple of --group {self.group}, got {rows}")
+        if 0 < self.max_new < self.digits + 2:
+            raise ValueError(f"--max-new must be 0 or at least {self.digits + 2} (a sum's digits and "
+                             f"its end of turn), got {self.max_new}")  # fmt: skip
         if self.right_revision + self.copy > 1:
             raise ValueError(f"--right-revision {self.right_revision} and --copy {self.copy} "
                              "must add up to at most 1")  # fmt: skip
@@ -165,8 +174,9 @@ def parse(argv: list[str]) -> tuple[Config | None, Path]:
     parser.add_argument("--run", type=Path, help="folder to create (default: runs/METHOD-seedSEED)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run, and no more")
     for f in fields(Config):
-        option = "--" + f.name.replace("_", "-")
-        text = f"{f.metadata['help']} (default: {f.default})"
+        option, low, high = "--" + f.name.replace("_", "-"), f.metadata["low"], f.metadata["high"]
+        accepted = "" if low is None else f"; {low:.10g} to {high:.10g}"
+        text = f"{f.metadata['help']} (default: {f.default}{accepted})"
         if f.type is bool:
             either = argparse.BooleanOptionalAction
             parser.add_argument(option, action=either, help=text)

@@ -3,11 +3,12 @@
 Kumar et al., Training Language Models to Self-Correct via Reinforcement Learning,
 arXiv 2409.12917v2, ICLR 2025. One policy answers a problem twice; a verifier says 0 or 1 to each.
 
-  Stage I   max E[ r2 - beta1 KL2 - (beta2 + beta1) KL1 ]                      eq. 3
+  Stage I   max E[ r2 - beta1 KL2 - (beta1 + beta2) KL1 ]                      eq. 3
   Stage II  max E[ r1 + r2 + alpha (r2 - r1) - beta1 (KL1 + KL2) ]             eqs. 4 and 5
 
-where every turn is credited with its own terms alone (gamma = 0): attempt 2's reward and bonus
-never reach attempt 1's tokens. KLi is the divergence of the policy's attempt i from that of the
+where every turn is credited with its own terms alone (gamma = 0): for the terms of attempt 2,
+attempt 1 is drawn from a frozen copy of the policy, so that neither reward and bonus nor KL of the
+second turn reach the first turn's tokens. KLi is the divergence of the policy's attempt i from that of the
 frozen *base* model, in both stages. README.md lists what the paper leaves open and what is done.
 
     python score.py                          # base, Stage I, Stage II, table: minutes on a laptop
@@ -422,6 +423,7 @@ def finish_phase(run: Run, phase: Phase) -> None:
     if c.select == "best" and run.best is not None:
         run.policy.load_state_dict(run.best)
         step = p.best_step
+        print(f"{phase.name:>10} keeps the weights of step {step}: highest r1 + r2 in training")
     save(
         dict(model=run.policy.state_dict(), steps=p.step, selected_step=step, seconds=p.seconds),
         run.folder / f"{phase.name}.pt",

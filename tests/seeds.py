@@ -1,4 +1,4 @@
-"""Do the claims hold in every seed? Trains both methods over seeds and writes README's tables.
+"""Do the claims hold in every seed? Trains both methods over seeds, prints README's tables.
 
     python tests/seeds.py                 # seeds 0 to 4: ten runs, one after another
     python tests/seeds.py --table         # only print the tables of tests/results/seeds.json
@@ -79,7 +79,7 @@ def seed_row(score: dict, multi_turn: dict) -> str:
 def tables(runs: list[dict]) -> str:
     """Return README's tables: means, seeds, the cost of the first command, and the claims."""
     score, multi_turn = ([r for r in runs if r["method"] == method] for method in METHODS)
-    seconds = sorted(r["wall_seconds"] or 1e9 for r in score)
+    seconds = sorted(r["wall_seconds"] for r in score if r["wall_seconds"]) or [float("nan")]
     lines = [
         "| | Acc@t1 | Acc@t2 | Δ(t1,t2) | Δ i→c | Δ c→i |",
         "|---|---|---|---|---|---|",
@@ -119,7 +119,7 @@ def claims(runs: list[dict]) -> list[tuple[str, list[float], bool]]:
     base1, stage1 = (per_cent(score, phase, "acc_t1") for phase in ("base", "stage1"))
     delta = per_cent(score, "score", "delta")
     control = per_cent(multi_turn, "multi_turn", "delta")
-    seconds = [r["wall_seconds"] or 1e9 for r in score]
+    seconds = [r["wall_seconds"] for r in score if r["wall_seconds"]]
     values = [
         ("base Acc@t1, 35 to 65", base1, lambda x: 35 <= x <= 65),
         ("base Δ, at most +2", per_cent(score, "base", "delta"), lambda x: x <= 2),
@@ -150,6 +150,8 @@ def main(argv: list[str]) -> int:
         ]
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(runs, indent=1) + "\n")
+    if not args.out.is_file():
+        sys.exit(f"no results at {args.out}: run without --table first")
     runs = json.loads(args.out.read_text())
     settings = [{k: v for k, v in r["config"].items() if k not in ("seed", "method")} for r in runs]
     if any(

@@ -148,6 +148,7 @@ def refused(capsys, argv, *words):
         (["--method", "magic"], ["--method", "magic", "multi_turn"]),
         (["--copy", "0.9", "--right-revision", "0.2"], ["--copy", "add up"]),
         (["--rounds", "9999"], ["--rounds", "9999"]),
+        (["--max-new", "8"], ["--max-new", "at least 9", "8"]),
         (["--device", "gpu"], ["--device", "gpu", "cpu, cuda or cuda:N"]),
         (["--device", "cuda:99"], ["--device", "cuda:99", "CUDA devices"]),
         (["--stage1-steps", "0"], ["--stage1-steps", "between 1 and"]),
@@ -261,7 +262,9 @@ def test_help_names_every_setting_with_its_default(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for f in fields(runs.Config):
         assert f"--{f.name.replace('_', '-')}" in text
-        assert f"(default: {f.default})" in text
+        assert f"(default: {f.default}" in text
+        if f.metadata["high"] is not None:
+            assert f"(default: {f.default}; {f.metadata['low']:.10g} to" in text
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
