@@ -110,8 +110,8 @@ class Config:
             if rows % self.group:
                 raise ValueError(f"{option} must be a multiple of --group {self.group}, got {rows}")
         if 0 < self.max_new < self.digits + 2:
-            raise ValueError(f"--max-new must be 0 or at least {self.digits + 2} (a sum's digits and "
-                             f"its end of turn), got {self.max_new}")  # fmt: skip
+            least = self.digits + 2  # a sum's digits and the end of turn
+            raise ValueError(f"--max-new must be 0 or at least {least}, got {self.max_new}")
         if self.right_revision + self.copy > 1:
             raise ValueError(f"--right-revision {self.right_revision} and --copy {self.copy} "
                              "must add up to at most 1")  # fmt: skip

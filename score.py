@@ -8,8 +8,8 @@ arXiv 2409.12917v2, ICLR 2025. One policy answers a problem twice; a verifier sa
 
 where every turn is credited with its own terms alone (gamma = 0): for the terms of attempt 2,
 attempt 1 is drawn from a frozen copy of the policy, so that neither reward and bonus nor KL of the
-second turn reach the first turn's tokens. KLi is the divergence of the policy's attempt i from that of the
-frozen *base* model, in both stages. README.md lists what the paper leaves open and what is done.
+second turn reach the first turn's tokens. KLi is the divergence of the policy's attempt i from that
+of the frozen *base* model, in both stages. README.md lists what the paper leaves open.
 
     python score.py                          # base, Stage I, Stage II, table: minutes on a laptop
     python score.py --method multi_turn      # the control: no Stage I, no bonus
