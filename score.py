@@ -452,7 +452,7 @@ def show_progress(run: Run, phase: Phase, row: dict) -> None:
     print(f"{line}  {left // 60:3.0f}m{left % 60:02.0f}s left", flush=True)
 
 
-RL_COST = 2.5  # seconds of a reinforcement step for one of a supervised step, before it is measured
+RL_COST = 4.0  # seconds of a reinforcement step for one of a supervised step, before it is measured
 
 
 # --- command line ---------------------------------------------------------------------------------

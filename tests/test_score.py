@@ -176,12 +176,12 @@ def test_beta2_is_drawn_to_the_balance_and_kept_in_bounds():
 def test_both_stages_learn_at_bandit_size():
     """80 steps of sampling and the shipped losses in the truth's world of 49 trajectories.
 
-    Judged exactly, by enumeration. Over 40 seeds Stage I raised its objective by 0.42 to 0.60 and
-    Stage II by 1.46 to 2.47; the bounds are a third of the least.
+    Judged exactly, by enumeration. Over seeds 0 to 39 Stage I raised its objective by 1.78 to 1.89
+    and Stage II by 0.98 to 1.08; the bounds are half of the least, so that no seed tried is near.
     """
     oracle = truth.Oracle()
     start = oracle.objectives()
-    for i, bound in ((0, 0.14), (1, 0.48)):
+    for i, bound in ((0, 0.89), (1, 0.49)):
         program = truth.load_program()
         policy, generator = oracle.policy, torch.Generator().manual_seed(5)
         policy.load_state_dict(truth.tiny_model(program, 1).state_dict())
