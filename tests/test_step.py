@@ -183,15 +183,16 @@ def fake_rollout(firsts, seconds, cut1):
 
 
 def test_truncated_attempts_are_not_paid():
+    """Each row's first or second attempt is cut after digits that are right: "02", no end."""
     problems = [verify.Problem("1+1=", "2")] * 3
+    r = fake_rollout(["02", "0", "2"], ["3", "2", "0"], [False, False, False])
+    assert [x.tolist() for x in rollout.grade(r, problems)] == [[1, 0, 1], [0, 1, 0]]
+    r.truncated1_B[1] = r.truncated2_B[2] = True
+    r.ids_BT[r.ids_BT == rollout.encode(rollout.toy_encoding(), rollout.END)[0]] = 2
     encoding = rollout.toy_encoding()
-    r = fake_rollout(["02", "02", "2"], ["3", "2", "02"], [False, False, False])
-    assert [x.tolist() for x in rollout.grade(r, problems)] == [[1, 1, 1], [0, 1, 1]]
-    for b, cut in ((1, r.truncated1_B), (2, r.truncated2_B)):
-        cut[b] = True  # the last token of the mask then is a digit, not an end of turn
-    r.ids_BT[r.ids_BT == rollout.encode(encoding, rollout.END)[0]] = 2
-    assert [x.tolist() for x in rollout.grade(r, problems)][0][1] == 0
-    assert [x.tolist() for x in rollout.grade(r, problems)][1][2] == 0
+    assert rollout.attempts(r.ids_BT, r.mask1_BS, r.truncated1_B, encoding)[1] == "02"
+    assert rollout.attempts(r.ids_BT, r.mask2_BS, r.truncated2_B, encoding)[2] == "02"
+    assert [x.tolist() for x in rollout.grade(r, problems)] == [[1, 0, 1], [0, 1, 0]]
 
 
 def test_a_verifier_that_fails_is_an_error_not_a_reward():
