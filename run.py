@@ -49,7 +49,7 @@ class Config:
     digits: int = knob(7, "digits of each operand", 1, verify.MAX_OPERAND_DIGITS)
     split_seed: int = knob(0, "of the split into train, dev and test problems", 0, 2**31)
     # model
-    n_layer: int = knob(2, "blocks", 1, 200)
+    n_layer: int = knob(3, "blocks", 1, 200)
     n_head: int = knob(4, "query heads", 1, 1000)
     n_kv_head: int = knob(4, "key-value heads", 1, 1000)
     d_model: int = knob(48, "width", 1, 2**13)
@@ -57,20 +57,20 @@ class Config:
     rope_theta: float = knob(100.0, "base of the rotary wavelengths", 1, 1e9)
     qkv_bias: bool = knob(True, "bias on query, key and value")
     # base model
-    sft_steps: int = knob(1800, "steps of supervised training of the base", 1, 10**9)
+    sft_steps: int = knob(1500, "steps of supervised training of the base", 1, 10**9)
     sft_batch: int = knob(128, "documents a step", 1, 2**20)
     sft_lr: float = knob(6e-3, "peak learning rate, then linear to 0", 0, 1)
     sft_warmup: int = knob(100, "steps of linear warm-up of the base", 0, 10**9)
-    forget: float = knob(0.5, "probability that a draft slips a carry at a column of 9", 0, 1)
-    right_draft: float = knob(0.17, "share of drafts made right; others are right by luck", 0, 1)
-    right_revision: float = knob(0.25, "share of right revisions, after the clean part", 0, 1)
-    copy: float = knob(0.67, "share of copied drafts, after the clean part", 0, 1)
+    forget: float = knob(0.35, "probability that a draft slips a carry at a column of 9", 0, 1)
+    lose: float = knob(0.75, "the same from the third such column in a row on", 0, 1)
+    right_revision: float = knob(0.2, "share of right revisions, after the clean part", 0, 1)
+    copy: float = knob(0.74, "share of copied drafts, after the clean part", 0, 1)
     clean: float = knob(
-        0.75, "share of the base's steps, its first, with right revisions only", 0, 1
+        0.7, "share of the base's steps, its first, with right revisions only", 0, 1
     )
     # reinforcement learning
-    stage1_steps: int = knob(80, "steps of Stage I", 1, 10**9)
-    stage2_steps: int = knob(80, "steps of Stage II", 1, 10**9)
+    stage1_steps: int = knob(60, "steps of Stage I", 1, 10**9)
+    stage2_steps: int = knob(40, "steps of Stage II", 1, 10**9)
     rounds: int = knob(1, "how often the two stages alternate, sharing their steps", 1, 1000)
     stage1_gain: float = knob(
         0, "end Stage I when a block's delta has risen so much; 0: never", 0, 1

@@ -209,7 +209,7 @@ def sft_step(run: Run) -> dict:
     c = run.config
     clean = run.progress.step < c.clean * c.sft_steps  # it learns to check before it gets careless
     documents = verify.corpus(
-        c.sft_batch, run.problem_rng, c.digits, forget=c.forget, right_draft=c.right_draft,
+        c.sft_batch, run.problem_rng, c.digits, forget=c.forget, lose=c.lose,
         right_revision=1.0 if clean else c.right_revision, copy=0.0 if clean else c.copy,
         split_seed=c.split_seed,
     )  # fmt: skip

@@ -164,23 +164,32 @@ def problems(
 
 
 def forgetful_sum(
-    a_N: np.ndarray, b_N: np.ndarray, forget: float, rng: np.random.Generator, digits: int
+    a_N: np.ndarray,
+    b_N: np.ndarray,
+    forget: float,
+    lose: float,
+    rng: np.random.Generator,
+    digits: int,
 ) -> np.ndarray:
     """Add as a careless human does: [N, digits + 1] digits of a + b, most significant first.
 
-    At a column that sums to 9, the carry out is dropped or invented with probability `forget`
-    (0 gives the right sum). These are the mistakes that a small model makes by itself; slips at
-    random digits are not, and a base raised on them never learns to check its carries.
+    The carry out of a column that sums to 9 is wrong with probability `forget`, and from the third
+    such column in a row on with probability `lose` (both 0 give the right sum). These are mistakes
+    that a small model makes by itself; slips at random digits are not, and a base raised on them
+    never learns to check its carries. A model that has read enough writes the likelier digit when
+    greedy: with forget < 0.5 < lose it is right about where no carry runs through three columns,
+    so that base's greedy accuracy is a property of these documents and not of its training.
     """
-    carry_N = np.zeros_like(a_N)
+    carry_N, written_N, run_N = (np.zeros_like(a_N) for _ in range(3))
     columns = []
     for power in 10 ** np.arange(digits):
         pair_N = a_N // power % 10 + b_N // power % 10
-        total_N = pair_N + carry_N
-        columns.append(total_N % 10)
-        slip_N = (pair_N == 9) & (rng.random(len(a_N)) < forget)
-        carry_N = (total_N >= 10) ^ slip_N
-    return np.stack([carry_N.astype(np.int64), *reversed(columns)], axis=1)
+        columns.append((pair_N + written_N) % 10)
+        carry_N = (pair_N + carry_N) >= 10
+        run_N = np.where(pair_N == 9, run_N + 1, 0)
+        chance_N = np.where(run_N == 0, 0.0, np.where(run_N < 3, forget, lose))
+        written_N = carry_N ^ (rng.random(len(a_N)) < chance_N)
+    return np.stack([written_N.astype(np.int64), *reversed(columns)], axis=1)
 
 
 def corpus(
@@ -189,7 +198,7 @@ def corpus(
     digits: int,
     *,
     forget: float,
-    right_draft: float,
+    lose: float,
     right_revision: float,
     copy: float,
     split_seed: int = 0,
@@ -200,15 +209,14 @@ def corpus(
     reinforcement learning can amplify, and sometimes spoils a right one.
 
     Args:
-      right_draft: probability of a right draft; the others are `forgetful_sum`s.
+      forget, lose: of the drafts, each a `forgetful_sum`.
       right_revision, copy: probabilities of a right revision and of a copy of the draft; the
         remaining revisions are careless: the right sum with each digit off by one, either way,
         with probability 0.15.
     """
     a_N, b_N = operands(n, "train", rng, digits, split_seed)
-    right_ND = forgetful_sum(a_N, b_N, 0.0, rng, digits)
-    wrong_ND = forgetful_sum(a_N, b_N, forget, rng, digits)
-    draft_ND = np.where(rng.random((n, 1)) < right_draft, right_ND, wrong_ND)
+    right_ND = forgetful_sum(a_N, b_N, 0.0, 0.0, rng, digits)
+    draft_ND = forgetful_sum(a_N, b_N, forget, lose, rng, digits)
     step_ND = rng.choice([-1, 1], right_ND.shape) * (rng.random(right_ND.shape) < 0.15)
     kind_N1 = rng.random((n, 1))
     revision_ND = np.where(kind_N1 < right_revision + copy, draft_ND, (right_ND + step_ND) % 10)
