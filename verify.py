@@ -14,10 +14,17 @@ already on the page and can check each carry locally. That gap is what there is 
 Dimension key: N problems, D digits (one column each, most significant first).
 """
 
+import gzip
+import json
+import os
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+import latex
 
 MAX_INTEGER_DIGITS = 100  # int() of a long string is quadratic: a bound before any conversion
 MAX_OPERAND_DIGITS = 9  # both operands, side by side, are hashed as one 64-bit number
@@ -82,14 +89,167 @@ def arithmetic(answer: str, gold: str, truncated: bool = False) -> Verdict:
     return Verdict(1, "right") if found == expected else Verdict(0, "wrong")
 
 
+# --- mathematics ----------------------------------------------------------------------------------
+
+BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+SEGMENT = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+SEPARATORS = re.compile(r"(?:\s|[.,;]|\b(?:and|or)\b)*")
+PLAIN_WORDS = re.compile(r"[A-Za-z\s.,:;!?'’-]*")
+DENIAL = re.compile(r"\b(?:not|no|nor|never|cannot|or|and|either|except|wrong)\b|n['’]t\b", re.I)
+TEXT_ANSWER = re.compile(r"[A-Za-z][A-Za-z '’.,()-]*")
+
+
+def math(answer: str, gold: str, timeout: float = 2.0, truncated: bool = False) -> Verdict:
+    r"""Return the verdict on an answer in mathematics. Pure; safe to call from threads.
+
+    Args:
+      answer: a whole completion, whose last \boxed{} is the answer, or a bare answer. Without a
+        box the text must *be* an answer, or plain words round one formula: "The sum is $5$.".
+        Nothing is searched for in prose.
+      gold: the right answer, in the same forms, for instance a solution of MATH.
+      timeout: seconds that sympy may take to prove two expressions equal.
+      truncated: the completion ran into the length limit: it earns 0, as in `arithmetic`.
+
+    status is "unparsed" if the answer cannot be read, "timeout" if sympy did not decide in time
+    (both reward 0), "error" if the gold answer cannot be read or the worker died (reward None).
+
+    What the sources leave open is decided so:
+
+      boxes              the last one counts; another, different one in the same line: unparsed
+      percent            50\% equals 50 and 0.5; 50\% against 5000\% does not
+      rounding           decimals are exact: 0.33 is not 1/3. One of 12 or more significant digits
+                         stands for what it rounds: 0.333333333333 is 1/3
+      fractions          need not be reduced: 2/4 is 1/2. 2\frac12 and 2 1/2 are mixed numbers
+      thousands          1,234 and 1 234 are one number; (1,234) is a pair; 1, 234 are two numbers
+      units, degrees     those of latex.UNITS: may be missing on one side, must not differ
+      money              \$ and other signs of currency are dropped
+      names              "x = 5", "f(x) = 5", "x \in S": the name may be missing on one side; in a
+                         list only if all its names are the same
+      equations          equal up to a factor; so are inequalities, the factor being positive
+      a = b = c          says c (or what stands before a sign of approximation)
+      lists              1, 2 and {2, 1}: order and repetition are free, as in sets
+      (1, 2) [1, 2]      brackets and order count; a list without brackets is neither
+      intervals          are not inequalities: (0, 1) is not 0 < x < 1
+      a \pm b            is the list of both values
+      text               whole words, compared without case from four letters on; \text{E} is E
+      e, i, \pi          are constants, other letters variables; \log has no base, \ln has e
+      12_3               is a number in base 3
+
+    >>> math(r"So it is $\boxed{\frac{2}{4}}$.", "0.5").status, math("It is 5.", "5").status
+    ('right', 'unparsed')
+    """
+    try:
+        expected = final_answer(gold)
+        if plain_text(expected) is None:
+            latex.parse(expected)
+    except latex.Unreadable as error:
+        return Verdict(None, "error", f"gold answer {gold[-50:]!r}: {error}")
+    if truncated:
+        return Verdict(0, "unparsed", "truncated: no end of turn")
+    try:
+        found = final_answer(answer)
+        if same_text(found, expected) or latex.same(found, expected, timeout):
+            return Verdict(1, "right")
+        return Verdict(0, "wrong")
+    except latex.Unreadable as error:
+        status = "unparsed" if plain_text(answer) is None else "wrong"
+        return Verdict(0, status, str(error))
+    except latex.TimedOut as error:
+        return Verdict(0, "timeout", str(error))
+    except RuntimeError as error:
+        return Verdict(None, "error", str(error))
+
+
+def final_answer(text: str) -> str:
+    r"""Return the answer in a completion, as latex.parse reads it: the last box, or a bare answer.
+
+    Raises:
+      latex.Unreadable: there is no answer, or more than one.
+
+    >>> final_answer(r"Let $x=4$. So \boxed{\frac{x}{2}}."), final_answer("The sum is $5$.")
+    ('\\frac{x}{2}', '5')
+    """
+    boxes = list(BOX.finditer(text))
+    if not boxes:
+        return bare(text)
+    contents = [balanced(text, box.end()) for box in boxes]
+    line = text.rfind("\n", 0, boxes[-1].start()) + 1
+    if any(
+        box.start() >= line and content is not None and BOX.search(content) is None
+        and content.split() != (contents[-1] or "").split()
+        for box, content in zip(boxes, contents, strict=True)
+    ):  # fmt: skip
+        raise latex.Unreadable("two answers in one line")
+    if contents[-1] is None:
+        raise latex.Unreadable("a box that is not closed")
+    return clean(contents[-1])
+
+
+def balanced(text: str, start: int) -> str | None:
+    """Return what stands between a brace that was opened before `start` and its closing brace."""
+    depth = 1
+    for brace in re.finditer(r"\\.|[{}]", text[start:], re.S):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[start : start + brace.start()]
+    return None
+
+
+def bare(text: str) -> str:
+    """Return a text without a box as an answer: all of it, or the one formula among plain words."""
+    segments = list(SEGMENT.finditer(text))
+    outside = SEGMENT.sub(" ", text)
+    if not segments or SEPARATORS.fullmatch(outside):
+        return clean(SEGMENT.sub(lambda match: f" {match[0].strip('$')} ", text))
+    before, after = text[: segments[0].start()], text[segments[-1].end() :]
+    if len(segments) > 1 or not PLAIN_WORDS.fullmatch(before) or DENIAL.search(outside):
+        raise latex.Unreadable("no box, and more than one formula among plain words")
+    formula = next(filter(None, segments[0].groups()))
+    mark = after.strip(" .\n")
+    if mark in ("%", r"\%") or latex.unit(mark):
+        return clean(f"{formula} {mark}")
+    if not PLAIN_WORDS.fullmatch(after):
+        raise latex.Unreadable("no box, and more than one formula among plain words")
+    return clean(formula)
+
+
+def clean(text: str) -> str:
+    r"""Return an answer without what never carries meaning: \( \) \[ \], a full stop at the end."""
+    text = re.sub(r"\\[()\[\]]", " ", text).strip().rstrip("\\").rstrip()
+    return text.removesuffix(".")
+
+
+def plain_text(text: str) -> str | None:
+    r"""Return the words that an answer is, without \text{}; None if it is not made of words."""
+    words = re.sub(rf"{latex.STYLED}\s*\{{([^{{}}]*)\}}", r"\1", text)
+    letters = re.sub("[0-9]", "", words) if words != text else words  # "June 20" in \\text{} alone
+    words = " ".join(words.replace("$", " ").split()).strip("() .")
+    return words if TEXT_ANSWER.fullmatch(letters.strip("() .$")) else None
+
+
+def same_text(a: str, b: str) -> bool:
+    """Return whether both answers are the same words; case counts in up to three letters."""
+    a, b = plain_text(a), plain_text(b)
+    if a is None or b is None:
+        return False
+    return a == b or (len(a) > 3 and a.lower() == b.lower())
+
+
 # --- the problems ---------------------------------------------------------------------------------
 
 
 class Problem(NamedTuple):
-    """One problem as the policy sees it, and the answer that only the verifier sees."""
+    """One problem as the policy sees it, and what only the verifier sees.
+
+    prompt: the problem's text. gold: the right answer, or for a program its tests.
+    kind: the verifier: "arithmetic", "math" or "program".
+    entry_point: the function that HumanEval's check(candidate) is called with; else empty.
+    """
 
     prompt: str
     gold: str
+    kind: str = "arithmetic"
+    entry_point: str = ""
 
 
 def split_of(a_N: np.ndarray, b_N: np.ndarray, split_seed: int = 0) -> np.ndarray:
@@ -150,8 +310,8 @@ def problems(
 ) -> list[Problem]:
     """Draw n problems from one split (with repetition, which is rare from 4 digits on).
 
-    >>> problems(1, "train", np.random.default_rng(0), digits=3)
-    [Problem(prompt='865+001=', gold='866')]
+    >>> problems(1, "train", np.random.default_rng(0), digits=3)[0][:2]
+    ('865+001=', '866')
     """
     a_N, b_N = operands(n, split, rng, digits, split_seed)
     return [
@@ -226,3 +386,83 @@ def corpus(
         (f"{a:0{digits}d}+{b:0{digits}d}=", "".join(map(str, draft)), "".join(map(str, revision)))
         for a, b, draft, revision in rows
     ]
+
+
+# --- problems from files --------------------------------------------------------------------------
+
+
+def gsm8k_answer(text: str) -> str | None:
+    """Return what stands after the last "#### ", without thousands commas; None if it is no number.
+
+    >>> gsm8k_answer("48/2 = <<48/2=24>>24\\n#### 1,024"), gsm8k_answer("#### five")
+    ('1024', None)
+    """
+    number = text.rpartition("#### ")[2].strip() if "#### " in text else ""
+    if not re.fullmatch(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?", number):
+        return None
+    return number.replace(",", "")
+
+
+def load(path: str | os.PathLike) -> list[Problem]:
+    """Read problems from a local file of JSON lines (.jsonl, .jsonl.gz) or a JSON list (.json).
+
+    A row is of MATH or MATH-500 (problem, and answer or solution), GSM8K (question, answer), MBPP
+    (text or prompt, test_list) or HumanEval (prompt, entry_point, test); more fields do no harm.
+
+    Raises:
+      ValueError: names the file, the row, and the field that is missing or not as it must be.
+      OSError: the file cannot be read.
+    """
+    found = []
+    for place, row in rows_of(Path(path)):
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: must be an object with fields, got {str(row)[:50]!r}")
+        try:
+            found.append(problem_of(row))
+        except (KeyError, TypeError, ValueError) as error:
+            missing = f"missing field {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{place}: {missing}") from None
+    return found
+
+
+def rows_of(path: Path) -> Iterator[tuple[str, object]]:
+    """Yield (place, row) of a JSON or JSON-lines file."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            if path.name.removesuffix(".gz").endswith(".json"):
+                rows = json.load(file)
+                if not isinstance(rows, list):
+                    raise ValueError(f"{path}: must be a list of problems, got {str(rows)[:50]!r}")
+                yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        row = json.loads(line)
+                    except ValueError as error:
+                        raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+                    yield f"{path}, line {number}", row
+    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def problem_of(row: dict) -> Problem:
+    """Return the problem of a row, told by its fields."""
+    if "problem" in row:
+        gold = row["answer"] if "answer" in row else row["solution"]
+        if "answer" not in row and not BOX.search(gold):
+            raise ValueError("field 'solution' holds no \\boxed{}")
+        return Problem(row["problem"], gold if "answer" in row else final_answer(gold), "math")
+    if "question" in row:
+        gold = gsm8k_answer(row["answer"])
+        if gold is None:
+            raise ValueError("field 'answer' must end in '#### ' and a number")
+        return Problem(row["question"], gold, "math")
+    if "entry_point" in row:
+        return Problem(row["prompt"], row["test"], "program", row["entry_point"])
+    if "test_list" in row:
+        setup = [row.get("test_setup_code") or "", *row.get("test_imports", [])]
+        tests = "\n".join([line for line in setup if line] + row["test_list"])
+        return Problem(row["text"] if "text" in row else row["prompt"], tests, "program")
+    raise KeyError("'problem', 'question', 'entry_point' or 'test_list'")
