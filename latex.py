@@ -4,8 +4,7 @@ A tokeniser and a recursive-descent parser turn the text of an answer into plain
 fractions, tuples such as ("add", x, y), and a few shapes (list, set, interval, matrix, equation).
 They raise `Unreadable` at the first thing that they do not know: nothing is guessed, nothing that a
 model wrote is ever evaluated as a program. Arithmetic on fractions is exact and bounded before it
-is done. Where that does not decide, a worker process builds a sympy expression through sympy's
-constructors and looks for a proof that a difference is zero; it is killed when its time is up.
+is done. Where that does not decide, `algebra` looks for a proof that a difference is zero.
 
     python -c "import latex; print(latex.same(r'\\frac{\\sqrt{8}}{4}', r'1/\\sqrt2'))"
 
@@ -17,18 +16,12 @@ A node is a Fraction, or a tuple that starts with its kind:
     ("union", x, ...) ("matrix", row, ...) ("rel", (op, ...), x, y, ...)
 """
 
-import atexit
-import functools
 import math
-import os
-import pickle
 import re
-import signal
-import subprocess
-import sys
-import threading
 import time
 from fractions import Fraction
+
+import algebra
 
 MAX_CHARS = 2000  # of an answer
 MAX_DEPTH = 40  # of nested brackets
@@ -40,10 +33,6 @@ SURE_DIGITS = 12  # a decimal of so many significant digits stands for what it r
 
 class Unreadable(ValueError):
     """The text is not an answer that this parser knows, or is too large; the message says why."""
-
-
-class TimedOut(Exception):
-    """sympy was still busy when the time was up."""
 
 
 # --- tokens ---------------------------------------------------------------------------------------
@@ -761,7 +750,7 @@ def same(a: str, b: str, timeout: float = 2.0) -> bool:
     """Return whether two answers are equal, by the policies of `verify.math`. Symmetric.
 
     Raises:
-      Unreadable: one of them is not known here. TimedOut: sympy did not decide in time.
+      Unreadable: one of them is not known here. algebra.TimedOut: sympy did not decide in time.
 
     >>> same("0.5", r"\\frac{2}{4}"), same("(0,1)", "[0,1)"), same("x=3", "3")
     (True, False, True)
@@ -776,7 +765,7 @@ def same(a: str, b: str, timeout: float = 2.0) -> bool:
     half, decimal, other = (halves[0], x, y) if halves[1] is None else (halves[1], y, x)
     if isinstance(other, Fraction):
         return abs(decimal - other) <= half
-    return other[0] in SCALARS and ask("near", decimal, other, half, deadline)
+    return other[0] in SCALARS and algebra.ask("near", decimal, other, half, deadline)
 
 
 def sure_decimal(text: str) -> Fraction | None:
@@ -832,7 +821,7 @@ def equal(x, y, deadline: float) -> bool:
         return in_order(x[1:], y[1:], deadline)
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         return False
-    return ask("zero", x, y, None, deadline)
+    return algebra.ask("zero", x, y, None, deadline)
 
 
 def in_order(xs, ys, deadline) -> bool:
@@ -895,171 +884,4 @@ def same_relation(x, y, deadline) -> bool:
     if not all(has_symbol(side) for side in sides):
         return False
     wanted = ("positive",) if x[1][0] in ("<", "<=") else ("positive", "negative")
-    return ask("factor", *sides, None, deadline) in wanted
-
-
-# --- sympy, in a process of its own ---------------------------------------------------------------
-
-
-class Worker:
-    """A process that answers one question at a time, and is killed when it takes too long.
-
-    Any number of threads may ask. A fork gets its own (`worker`), as two could not share its pipes.
-    """
-
-    def __init__(self):
-        self.lock, self.process, self.questions = threading.Lock(), None, 0
-        atexit.register(self.close)
-
-    def start(self) -> None:
-        command = [sys.executable, "-I", os.path.abspath(__file__)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.process.stdout.read(1)  # sympy is imported: from here on the time counts
-
-    def close(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.communicate()  # reaps it and closes its pipes
-            self.process = None
-
-    def ask(self, question, seconds: float):
-        """Return the worker's answer. Raises TimedOut; RuntimeError if it dies of the question."""
-        with self.lock:
-            self.questions += 1
-            for _ in range(
-                2
-            ):  # it may have died since the last question: once more, with a new one
-                if self.process is None:
-                    self.start()
-                started = time.monotonic()
-                timer = threading.Timer(seconds, self.process.kill)
-                timer.start()
-                try:
-                    pickle.dump((question, seconds), self.process.stdin)
-                    self.process.stdin.flush()
-                    reply = self.process.stdout.readline()
-                except BrokenPipeError:
-                    reply = b""
-                finally:
-                    timer.cancel()
-                if reply:
-                    return REPLIES[int(reply)]
-                self.close()
-                if time.monotonic() - started >= 0.9 * seconds:
-                    raise TimedOut(f"sympy took more than {seconds:.1f} s")
-        raise RuntimeError("the sympy worker died twice")
-
-
-REPLIES = (False, True, "positive", "negative")
-
-
-@functools.cache
-def worker(_pid: int) -> Worker:
-    return Worker()
-
-
-def ask(what: str, x, y, half, deadline: float):
-    """Ask the worker whether x - y is zero, or near zero, or which sign x / y has."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimedOut("no time left")
-    return worker(os.getpid()).ask((what, x, y, half), left)
-
-
-def serve() -> None:
-    """Be the worker: read questions from standard input until it ends."""
-    try:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-    except (ImportError, ValueError):
-        pass  # Windows has no such limit; elsewhere the time limit remains
-    import sympy  # noqa: F401  (imported before the time counts)
-
-    out = sys.stdout.buffer
-    out.write(b"!")
-    out.flush()
-    while True:
-        try:
-            question, seconds = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        if hasattr(signal, "setitimer"):  # should the parent die: the default action ends us
-            signal.setitimer(signal.ITIMER_REAL, seconds + 1)
-        try:
-            reply = decide(*question)
-        except Exception:  # whatever sympy could not do, it did not prove
-            reply = False
-        out.write(b"%d\n" % REPLIES.index(reply))
-        out.flush()
-
-
-def decide(what: str, x, y, half):
-    """Answer one question with sympy. A numeric difference refutes; only a proof accepts."""
-    import sympy
-
-    a, b = build(x), build(y)
-    if what == "near":
-        gap = sympy.N(a - b, 60)
-        return bool(gap.is_comparable and abs(gap) <= half)
-    if what == "factor":
-        quotient = sympy.simplify(a / b)
-        if not quotient.is_number or not quotient.is_real or quotient.is_zero is not False:
-            return False
-        return "positive" if quotient.is_positive else "negative"
-    return a == b or (not refuted(a, b) and proven_zero(a - b))
-
-
-def build(x):
-    """Return the sympy expression of a node, through constructors alone."""
-    import sympy
-
-    if isinstance(x, Fraction):
-        return sympy.Rational(x.numerator, x.denominator)
-    if x[0] == "sym":
-        return sympy.Symbol(x[1])
-    if x[0] == "const":
-        return {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "oo": sympy.oo}[x[1]]
-    if x[0] != "fn":
-        return {"add": sympy.Add, "mul": sympy.Mul, "pow": sympy.Pow}[x[0]](*map(build, x[1:]))
-    if x[1] == "log":  # of an unstated base: it has the laws of logarithms, and no values
-        return sympy.log(build(x[2])) / sympy.log(sympy.Symbol("base of log"))
-    names = {"ln": "log", "abs": "Abs", "floor": "floor", "ceil": "ceiling", "arcsin": "asin",
-             "arccos": "acos", "arctan": "atan", "arccot": "acot"}  # fmt: skip
-    made = sympy.Function("prime") if x[1] == "prime" else getattr(sympy, names.get(x[1], x[1]))
-    return made(*map(build, x[2:]))
-
-
-def refuted(a, b) -> bool:
-    """Return whether a and b differ at one of two points, in 40 digits."""
-    import sympy
-
-    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
-    for start in (Fraction(17, 13), Fraction(-23, 29)):
-        point = {
-            s: sympy.Rational(start.numerator * (k + 2) + k * k, start.denominator + k)
-            for k, s in enumerate(symbols)
-        }
-        u, v = (z.subs(point).evalf(40) for z in (a, b))
-        if all(z.is_number and z.is_finite for z in (u, v)):
-            scale = max(abs(u), abs(v), sympy.Float("1e-30"))
-            if abs(u - v) > scale * sympy.Float("1e-20"):
-                return True
-    return False
-
-
-def proven_zero(d) -> bool:
-    """Return whether sympy proves an expression zero."""
-    import sympy
-
-    for rewrite in (sympy.expand, sympy.cancel, sympy.simplify):
-        d = rewrite(d)
-        if d == 0:
-            return True
-    if not d.free_symbols and d.is_algebraic:
-        return sympy.minimal_polynomial(d, sympy.Symbol("x")) == sympy.Symbol("x")
-    return d.equals(0) is True
-
-
-if __name__ == "__main__":
-    serve()
+    return algebra.ask("factor", *sides, None, deadline) in wanted

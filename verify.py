@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+import algebra
 import latex
 
 MAX_INTEGER_DIGITS = 100  # int() of a long string is quadratic: a bound before any conversion
@@ -154,7 +155,7 @@ def math(answer: str, gold: str, timeout: float = 2.0, truncated: bool = False) 
     except latex.Unreadable as error:
         status = "unparsed" if plain_text(answer) is None else "wrong"
         return Verdict(0, status, str(error))
-    except latex.TimedOut as error:
+    except algebra.TimedOut as error:
         return Verdict(0, "timeout", str(error))
     except RuntimeError as error:
         return Verdict(None, "error", str(error))

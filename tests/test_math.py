@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import latex
+import algebra
 import verify
 
 ROOT = Path(__file__).parent.parent
@@ -381,7 +381,7 @@ PIECES = st.sampled_from(
 @settings(max_examples=10_000)
 @given(st.lists(PIECES, max_size=25).map("".join))
 def test_random_text_is_judged_in_time(text):
-    worker = latex.worker(os.getpid())
+    worker = algebra.worker(os.getpid())
     asked = worker.questions
     start = time.monotonic()
     verdict = verify.math(text, "7", timeout=1.0)
@@ -398,11 +398,11 @@ def test_random_text_is_judged_in_time(text):
 
 def test_a_killed_worker_is_an_error_then_replaced():
     assert reward(r"\sqrt2\sqrt3", r"\sqrt6") == 1
-    process = latex.worker(os.getpid()).process
+    process = algebra.worker(os.getpid()).process
     process.kill()
     process.wait()
     assert reward(r"\sqrt2\sqrt3", r"\sqrt6") == 1
-    first = latex.worker(os.getpid()).process
+    first = algebra.worker(os.getpid()).process
     assert first.pid != process.pid
     killer = threading.Timer(0.3, first.kill)
     killer.start()
@@ -411,6 +411,14 @@ def test_a_killed_worker_is_an_error_then_replaced():
     killer.join()
     assert slow.reward in (None, 0)
     assert reward(r"\sqrt2\sqrt3", r"\sqrt6") == 1
+
+
+def test_an_idle_worker_lives_on():
+    assert reward(r"\sqrt2\sqrt3", r"\sqrt6") == 1
+    process = algebra.worker(os.getpid()).process
+    assert verify.math(r"\sqrt2\sqrt5", r"\sqrt{10}", timeout=0.3).reward == 1
+    time.sleep(1.6)
+    assert process.poll() is None
 
 
 def test_threads_share_a_worker():
@@ -437,8 +445,9 @@ def test_a_fork_has_its_own_worker():
         "assert verify.math(a, b).reward == 1\n"
         "child = os.fork()\n"
         "good = all(verify.math(a, b).reward == 1 for _ in range(20))\n"
-        "if child == 0: os._exit(0 if good else 1)\n"
-        "assert good and os.waitpid(child, 0)[1] == 0\n"
+        "if child == 0: raise SystemExit(0 if good else 1)\n"  # which runs atexit
+        "process = verify.algebra.worker(os.getpid()).process\n"
+        "assert good and os.waitpid(child, 0)[1] == 0 and process.poll() is None\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True, timeout=60)
 
@@ -448,7 +457,7 @@ def test_the_caller_imports_no_sympy_and_leaves_no_process():
         "import sys, os, verify\n"
         "assert verify.math(r'\\sqrt2\\sqrt3', r'\\sqrt6').reward == 1\n"
         "assert 'sympy' not in sys.modules\n"
-        "print(verify.latex.worker(os.getpid()).process.pid)\n"
+        "print(verify.algebra.worker(os.getpid()).process.pid)\n"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
