@@ -646,6 +646,8 @@ class Parser:
         if self.take("["):
             index = self.signed()
             self.expect("]")
+        if self.peek()[0] == "num" and len(self.peek()[1]) > 1:
+            raise Unreadable("a root of several digits without braces")
         return power(scalar(self.argument()), power(scalar(index), Fraction(-1)))
 
     def binomial(self):
@@ -682,9 +684,10 @@ def relate(sides: list, signs: list[str]):
     if not signs:
         return sides[0]
     if set(signs) <= {"=", "~"}:
-        if "=" in signs:  # "x = 1/3 ~ 0.33" says 1/3
-            last = max(at for at, sign in enumerate(signs) if sign == "=")
-            sides = sides[: last + 2]
+        while signs[-1] == "~" and not (len(signs) == 1 and is_name(sides[0])):
+            sides, signs = sides[:-1], signs[:-1]  # "x = 1/3 ~ 0.33" says 1/3, "x ~ 11" says 11
+            if not signs:
+                return sides[0]
         return ("rel", ("=",), sides[0], sides[-1])
     if set(signs) <= {">", ">="}:
         sides, signs = sides[::-1], [sign.replace(">", "<") for sign in signs[::-1]]
@@ -859,12 +862,16 @@ def drop_names(x):
 
 
 def is_name(x) -> bool:
-    """Is it x, f(x), |AB|, AB/CD, V_1 : V_2 or (x, y): something with symbols, but no numbers?"""
+    """Is it x, f(x), AB, AB/CD, |AB|, f', V_1 : V_2 or (x, y)? (Not -x, 1/x, x^2 or sin x.)"""
     if isinstance(x, Fraction):
-        return x == -1  # as the exponent of a divisor
-    if x[0] in ("mul", "pow", "fn", "ratio", "seq"):
-        parts = [part for part in x[1:] if not isinstance(part, str)]
-        return has_symbol(x) and all(is_name(part) for part in parts)
+        return False
+    if x[0] == "mul" and kind(x[2]) == "number" and not isinstance(x[2], Fraction):
+        divisor = x[2][1] if x[2][0] == "pow" and x[2][2] == -1 else x[2]
+        return is_name(x[1]) and is_name(divisor)
+    if x[0] == "fn":
+        return x[1] in ("abs", "prime") and is_name(x[2])
+    if x[0] in ("ratio", "seq"):
+        return all(is_name(part) for part in x[1:] if not isinstance(part, str))
     return x[0] == "sym"
 
 
