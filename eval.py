@@ -115,13 +115,20 @@ def edit_ratio(a: str, b: str) -> float:
 
 
 def evaluate(model: GPT, c: Config, problems: list[verify.Problem], temperature: float) -> dict:
-    """Answer each problem twice; return metrics, behaviour, and under "attempts" the texts.
+    """Answer each problem twice; return metrics, behaviour, and under "rows" what was said.
+
+    Problems without a verdict on both attempts are left out, and counted under "unjudged".
 
     Greedy at temperature 0; above, sampled from a generator of its own, always the same.
     """
     generator = torch.Generator(c.device).manual_seed(0)
     r, encoding = sample(model, c, problems, generator, temperature), toy_encoding()
-    right1_N, right2_N = (reward.cpu().numpy() == 1 for reward in grade(r, problems))
+    reward1_N, reward2_N = grade(r, problems)
+    keep_N = (reward1_N + reward2_N).isfinite()
+    if not keep_N.any():
+        raise RuntimeError("no verdict on any problem: the verifier has failed")
+    r, judged = r.rows(keep_N), [problems[i] for i in keep_N.nonzero()[:, 0].tolist()]
+    right1_N, right2_N = (x[keep_N].cpu().numpy() == 1 for x in (reward1_N, reward2_N))
     first = attempts(r.ids_BT, r.mask1_BS, r.truncated1_B, encoding)
     second = attempts(r.ids_BT, r.mask2_BS, r.truncated2_B, encoding)
     changed_N = np.array([a != b for a, b in zip(first, second, strict=True)])
@@ -131,9 +138,10 @@ def evaluate(model: GPT, c: Config, problems: list[verify.Problem], temperature:
         "changed": float(changed_N.mean()),
         "changed_if_wrong": float(changed_N[~right1_N].mean()) if wrong else None,
         "edit_ratio": float(np.mean(ratios)),
+        "unjudged": len(problems) - len(judged),
         "truncated_t1": float(r.truncated1_B.float().mean()),
         "truncated_t2": float(r.truncated2_B.float().mean()),
-        "attempts": list(zip(first, second, right1_N.tolist(), right2_N.tolist(), strict=True)),
+        "rows": list(zip(judged, first, second, right1_N.tolist(), right2_N.tolist(), strict=True)),
     }
 
 
@@ -188,7 +196,7 @@ def table(phases: dict) -> str:
 TITLES = {"base": "base", "stage1": "Stage I", "score": "SCoRe", "multi_turn": "multi-turn RL"}
 
 
-def transcripts(texts: list, problems: list[verify.Problem]) -> list[dict]:
+def transcripts(rows: list) -> list[dict]:
     """Return the first repair, kept answer and failure, where there is one."""
     kinds = {
         "repaired": lambda right1, right2: not right1 and right2,
@@ -197,7 +205,7 @@ def transcripts(texts: list, problems: list[verify.Problem]) -> list[dict]:
     }
     found = []
     for kind, is_one in kinds.items():
-        for (first, second, right1, right2), problem in zip(texts, problems, strict=True):
+        for problem, first, second, right1, right2 in rows:
             if is_one(right1, right2):
                 found.append(dict(kind=kind, prompt=problem.prompt, attempt1=first,
                                   attempt2=second, gold=problem.gold))  # fmt: skip
@@ -213,15 +221,15 @@ def report(folder: Path, split: str, n: int) -> dict:
     """
     c, about = read_about(folder)
     problems = verify.problems(n, split, np.random.default_rng(0), c.digits, c.split_seed)
-    phases, texts = {}, []
+    phases, rows = {}, []
     for phase in schedule(c):
         if phases and not (folder / f"{phase.name}.pt").exists():
             break  # an unfinished run: report what is there
         model, phase_about = read_phase(folder, phase, c)
         greedy = evaluate(model, c, problems, temperature=0)
         sampled = evaluate(model, c, problems, temperature=c.temperature)
-        texts = greedy.pop("attempts")
-        del sampled["attempts"]
+        rows = greedy.pop("rows")
+        del sampled["rows"]
         phases[phase.name] = greedy | {
             "seed": c.seed,
             "sampled": sampled,
@@ -239,7 +247,7 @@ def report(folder: Path, split: str, n: int) -> dict:
         "config": asdict(c),
         "phases": phases,
         "diagnosis": diagnose(phases),
-        "transcripts": transcripts(texts, problems),
+        "transcripts": transcripts(rows),
     }
 
 

@@ -155,20 +155,14 @@ class Rollout:
     truncated2_B: torch.Tensor
     offline1_B: torch.Tensor
 
-    def rows(self, start: int, stop: int) -> "Rollout":
-        """Return rows start to stop, with the padding that they alone need."""
-        T = int(self.length_B[start:stop].max())
+    def rows(self, at: slice | torch.Tensor) -> "Rollout":
+        """Return some rows (a slice, or booleans [B]), with the padding that they alone need."""
+        T = int(self.length_B[at].max())
         return Rollout(
-            self.ids_BT[start:stop, :T],
-            self.length_B[start:stop],
-            *(
-                getattr(self, name)[start:stop, : T - 1]
-                for name in ("mask1_BS", "mask2_BS", "logp_BS")
-            ),
-            *(
-                getattr(self, name)[start:stop]
-                for name in ("truncated1_B", "truncated2_B", "offline1_B")
-            ),
+            self.ids_BT[at, :T],
+            self.length_B[at],
+            *(getattr(self, name)[at, : T - 1] for name in ("mask1_BS", "mask2_BS", "logp_BS")),
+            *(getattr(self, name)[at] for name in ("truncated1_B", "truncated2_B", "offline1_B")),
         )
 
 
@@ -304,22 +298,20 @@ def attempts(ids_BT, mask_BS, truncated_B, encoding: tiktoken.Encoding) -> list[
 
 
 def grade(r: Rollout, problems: list[verify.Problem]) -> tuple[torch.Tensor, ...]:
-    """Return the rewards of both attempts, float32 [B] each, 0 or 1.
+    """Return the rewards of both attempts, float32 [B] each: 0, 1, or nan without a verdict.
 
-    Raises:
-      RuntimeError: a verifier failed, or a gold answer is unreadable: never scored as 0.
+    There is no verdict where the verifier failed or the gold answer is unreadable. That is never
+    scored as 0: whoever trains or measures leaves the problem out, and counts it.
     """
     encoding, rewards = toy_encoding(), []
     for mask_BS, cut_B in ((r.mask1_BS, r.truncated1_B), (r.mask2_BS, r.truncated2_B)):
         answers = attempts(r.ids_BT, mask_BS, cut_B, encoding)
         verdicts = [
-            verify.arithmetic(answer, problem.gold, cut)
+            verify.judge(problem, answer, cut)
             for answer, problem, cut in zip(answers, problems, cut_B.tolist(), strict=True)
         ]
-        for verdict, problem in zip(verdicts, problems, strict=True):
-            if verdict.reward is None:
-                raise RuntimeError(f"no verdict on {problem.prompt!r}: {verdict.detail}")
-        rewards.append(torch.tensor([float(v.reward) for v in verdicts], device=cut_B.device))
+        values = [float("nan") if v.reward is None else float(v.reward) for v in verdicts]
+        rewards.append(torch.tensor(values, device=cut_B.device))
     return tuple(rewards)
 
 

@@ -263,7 +263,8 @@ def sampler_gap(logp_BS, r: Rollout) -> float:
 def rl_step(run: Run, phase: Phase) -> dict:
     """Sample two attempts at fresh problems, take one step of Stage I or II; return what is logged.
 
-    The gradient is that of the mean over all rows, whatever the micro-batch.
+    The gradient is that of the mean over all rows, whatever the micro-batch. A problem with a row
+    that got no verdict is left out, whole, so that every group keeps its baseline.
     """
     c, p = run.config, run.progress
     n_problems = c.batch // c.group
@@ -276,12 +277,16 @@ def rl_step(run: Run, phase: Phase) -> dict:
         offline = dict(author1=run.base, offline1_B=offline1_B)
     r = sample(run.policy, c, problems, run.sampler, c.temperature, **offline)
     reward1_B, reward2_B = grade(r, problems)
+    keep_B = all_judged(reward1_B + reward2_B, c.group)
+    r, reward1_B, reward2_B = r.rows(keep_B), reward1_B[keep_B], reward2_B[keep_B]
+    B = len(reward1_B)
 
     run.optimizer.zero_grad()
     rows = c.micro_batch or c.batch
     kl1 = kl2 = gap = 0.0
-    for start in range(0, c.batch, rows):
-        part, at = r.rows(start, start + rows), slice(start, start + rows)
+    for start in range(0, B, rows):
+        at = slice(start, start + rows)
+        part = r.rows(at)
         logp_BS, kl1_B, kl2_B = score_terms(run.policy, run.base, part, c.temperature, c.kl)
         if phase.objective == "stage1":
             loss_B = loss_stage1(
@@ -292,7 +297,7 @@ def rl_step(run: Run, phase: Phase) -> dict:
                 logp_BS, own_mask1(part), part.mask2_BS, kl1_B, kl2_B,
                 reward1_B[at], reward2_B[at], c.group, phase.alpha, c.beta1,
             )  # fmt: skip
-        (loss_B.sum() / c.batch).backward()
+        (loss_B.sum() / B).backward()
         gap = max(gap, sampler_gap(logp_BS.detach(), part))
         kl1, kl2 = kl1 + kl1_B.sum().item(), kl2 + kl2_B.sum().item()
     grad_norm = torch.nn.utils.clip_grad_norm_(
@@ -302,15 +307,30 @@ def rl_step(run: Run, phase: Phase) -> dict:
 
     own_B = ~r.offline1_B
     acc_t1, acc_t2 = reward1_B[own_B].mean().item(), reward2_B[own_B].mean().item()
-    kl1, kl2 = kl1 / int(own_B.sum()), kl2 / c.batch
+    kl1, kl2 = kl1 / int(own_B.sum()), kl2 / B
     log = dict(
         acc_t1=acc_t1, acc_t2=acc_t2, delta=acc_t2 - acc_t1, kl1=kl1, kl2=kl2, beta2=p.beta2,
         grad_norm=grad_norm.item(), gap=gap, truncated1=r.truncated1_B.float().mean().item(),
-        truncated2=r.truncated2_B.float().mean().item(),
+        truncated2=r.truncated2_B.float().mean().item(), dropped=1 - B / c.batch,
     )  # fmt: skip
     if c.adaptive_beta2 and phase.objective == "stage1":
         p.beta2 = balanced_beta2(p.beta2, acc_t2, kl1, c.beta2)
     return log
+
+
+def all_judged(reward_B, G: int):
+    """Return [B] booleans: does the row's problem have a verdict (a number) in all its rows?
+
+    Raises:
+      RuntimeError: no problem has, so that there is nothing to learn from.
+
+    >>> all_judged(torch.tensor([1., 0., float("nan"), 1.]), 2)
+    tensor([ True,  True, False, False])
+    """
+    keep_B = reward_B.isfinite().view(-1, G).all(dim=1).repeat_interleave(G)
+    if not keep_B.any():
+        raise RuntimeError("no verdict on any problem of the batch: the verifier has failed")
+    return keep_B
 
 
 def balanced_beta2(beta2: float, reward2: float, kl1: float, start: float) -> float:

@@ -253,6 +253,13 @@ class Problem(NamedTuple):
     entry_point: str = ""
 
 
+def judge(problem: Problem, answer: str, truncated: bool = False) -> Verdict:
+    """Return the verdict of the problem's own verifier; a truncated answer is not right."""
+    if problem.kind == "arithmetic":
+        return arithmetic(answer, problem.gold, truncated)
+    return math(answer, problem.gold, truncated=truncated)
+
+
 def split_of(a_N: np.ndarray, b_N: np.ndarray, split_seed: int = 0) -> np.ndarray:
     """Return each problem's split, [N] of "test" (10 %), "dev" (10 %) or "train" (80 %).
 

@@ -130,9 +130,9 @@ def test_diagnosis(repair, changed, words):
 
 def test_transcripts_show_one_of_each_kind():
     problems = [verify.Problem(f"{i}+0=", str(i)) for i in range(4)]
-    texts = [("9", "9", False, False), ("1", "1", True, True), ("9", "2", False, True),
-             ("3", "9", True, False)]  # fmt: skip
-    found = evaluation.transcripts(texts, problems)
+    said = [("9", "9", False, False), ("1", "1", True, True), ("9", "2", False, True),
+            ("3", "9", True, False)]  # fmt: skip
+    found = evaluation.transcripts([(p, *row) for p, row in zip(problems, said, strict=True)])
     assert [(t["kind"], t["prompt"]) for t in found] == [
         ("repaired", "2+0="), ("kept", "1+0="), ("failed", "0+0=")
     ]  # fmt: skip

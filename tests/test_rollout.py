@@ -239,7 +239,7 @@ def test_pad():
 def test_rows_of_a_rollout_are_its_rows():
     prompts = ragged(30)
     r = sample(short(model()), prompts)
-    part = r.rows(7, 12)
+    part = r.rows(slice(7, 12))
     assert parse(part, prompts[7:12]) == parse(r, prompts)[7:12]
     assert part.ids_BT.shape[1] == int(r.length_B[7:12].max())
     assert torch.equal(part.truncated2_B, r.truncated2_B[7:12])

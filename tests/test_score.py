@@ -55,7 +55,8 @@ def gradient(policy, base, r, rewards, stage, kl="exact", micro_batch=None, G=2)
     losses, n = [], len(r.ids_BT)
     micro_batch = micro_batch or n
     for at in range(0, n, micro_batch):
-        part, here = r.rows(at, at + micro_batch), slice(at, at + micro_batch)
+        here = slice(at, at + micro_batch)
+        part = r.rows(here)
         logp, kl1, kl2 = score.score_terms(policy, base, part, 0.8, kl)
         if stage == "stage1":
             loss = score.loss_stage1(logp, part.mask2_BS, kl1, kl2, rewards[1][here], G, 0.3, 0.7)

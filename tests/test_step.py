@@ -51,13 +51,13 @@ def others(values, b, G=3):
     return sum(group) / len(group)
 
 
-def by_rows(run, seen, stage, alpha):
+def by_rows(run, seen, stage, alpha, rows=range(12)):
     """Return the gradient of one step, row by row and token by token, from the definitions."""
     c, r, loss, kls = run.config, seen["r"], 0.0, ([], [])
     policy = copy.deepcopy(run.policy)
     policy.zero_grad()
     bonus = [b2 + alpha * (b2 - b1) for b1, b2 in zip(REWARD1, REWARD2, strict=True)]
-    for b in range(c.batch):
+    for b in rows:
         ids = r.ids_BT[b : b + 1, : int(r.length_B[b])]
         p = torch.log_softmax(policy(ids)[0] / c.temperature, -1)
         q = torch.log_softmax(run.base(ids)[0] / c.temperature, -1)
@@ -74,8 +74,8 @@ def by_rows(run, seen, stage, alpha):
             kls[turn].append(sum(x.item() for x in kl))
             for i, s in enumerate(steps):
                 future = sum(x.item() for x in kl[i + 1 :])
-                loss = loss + weight[turn] * (kl[i] + p[s, ids[0, s + 1]] * future) / c.batch
-                loss = loss - pay[turn] * p[s, ids[0, s + 1]] / c.batch
+                loss = loss + weight[turn] * (kl[i] + p[s, ids[0, s + 1]] * future) / len(rows)
+                loss = loss - pay[turn] * p[s, ids[0, s + 1]] / len(rows)
     loss.backward()
     return [w.grad for w in policy.parameters()], kls
 
@@ -195,9 +195,40 @@ def test_truncated_attempts_are_not_paid():
     assert [x.tolist() for x in rollout.grade(r, problems)] == [[1, 0, 1], [0, 1, 0]]
 
 
-def test_a_verifier_that_fails_is_an_error_not_a_reward():
+def test_a_verifier_that_fails_gives_no_reward():
+    r, problems = fake_rollout(["2"], ["2"], [False]), [verify.Problem("1+1=", "two")]
+    assert all(math.isnan(x.item()) for x in rollout.grade(r, problems))
+
+
+@pytest.mark.parametrize(("stage", "alpha"), [("stage1", 0.0), ("stage2", 4.0)])
+@pytest.mark.parametrize("turn", [1, 2])
+def test_problems_without_a_verdict_are_left_out_whole(monkeypatch, tmp_path, stage, alpha, turn):
+    run, seen = prepared(monkeypatch, tmp_path)
+    real = score.grade
+
+    def failing(r, problems):
+        rewards = real(r, problems)
+        rewards[turn - 1][4] = float("nan")
+        return rewards
+
+    monkeypatch.setattr(score, "grade", failing)
+    monkeypatch.setattr(run.optimizer, "step", lambda: None)
+    log = score.rl_step(run, runs.Phase("x", stage, 5, alpha=alpha))
+    kept = [b for b in range(12) if b // 3 != 1]
+    expected, kls = by_rows(run, seen, stage, alpha, kept)
+    for weight, gradient in zip(run.policy.parameters(), expected, strict=True):
+        torch.testing.assert_close(weight.grad, gradient, rtol=1e-6, atol=1e-9)
+    assert log["dropped"] == pytest.approx(0.25)
+    assert log["acc_t2"] == pytest.approx(np.mean([REWARD2[b] for b in kept]))
+    assert log["kl1"] == pytest.approx(np.mean(kls[0]))
+
+
+def test_a_batch_without_any_verdict_stops_the_run(monkeypatch, tmp_path):
+    run, _ = prepared(monkeypatch, tmp_path)
+    nothing = torch.full((12,), float("nan"))
+    monkeypatch.setattr(score, "grade", lambda r, problems: (nothing, nothing))
     with pytest.raises(RuntimeError, match="no verdict"):
-        rollout.grade(fake_rollout(["2"], ["2"], [False]), [verify.Problem("1+1=", "two")])
+        score.rl_step(run, runs.Phase("x", "stage1", 5))
 
 
 def test_behaviour_is_measured_on_what_was_sampled(monkeypatch, tmp_path):
@@ -210,7 +241,8 @@ def test_behaviour_is_measured_on_what_was_sampled(monkeypatch, tmp_path):
         return fake_rollout(firsts, seconds, [False] * 5)
 
     monkeypatch.setattr(evaluation, "sample", sample)
-    m = evaluation.evaluate(None, runs.Config(), [verify.Problem("1+1=", "2")] * 5, 0.3)
+    problem = verify.Problem("1+1=", "2")
+    m = evaluation.evaluate(None, runs.Config(), [problem] * 5, 0.3)
     assert asked == [(0, 0.3)]
     assert (m["acc_t1"], m["acc_t2"], m["delta_i_to_c"], m["delta_c_to_i"]) == (0.4, 0.4, 0.2, 0.2)
     assert m["changed"] == pytest.approx(3 / 5)
@@ -219,7 +251,19 @@ def test_behaviour_is_measured_on_what_was_sampled(monkeypatch, tmp_path):
     assert m["repair_rate"] == pytest.approx(1 / 3)
     assert m["repair_rate_interval"] == pytest.approx(evaluation.wilson(1, 3))
     assert m["spoil_rate_interval"] == pytest.approx(evaluation.wilson(1, 2))
-    assert m["attempts"][2] == ("02", "9", True, False)
+    assert m["rows"][2] == (problem, "02", "9", True, False) and m["unjudged"] == 0
+
+
+def test_problems_without_a_verdict_are_counted_and_not_measured(monkeypatch):
+    r = fake_rollout(["2", "3", "3", "2"], ["2", "2", "3", "2"], [False] * 4)
+    monkeypatch.setattr(evaluation, "sample", lambda *_: r)
+    golds = ["2", "2", "two", "2"]
+    m = evaluation.evaluate(None, runs.Config(), [verify.Problem("1+1=", g) for g in golds], 0.3)
+    assert (m["n"], m["unjudged"], m["acc_t1"], m["acc_t2"]) == (3, 1, pytest.approx(2 / 3), 1.0)
+    assert [row[1:] for row in m["rows"]] == [
+        ("2", "2", True, True), ("3", "2", False, True), ("2", "2", True, True)
+    ]  # fmt: skip
+    assert m["changed"] == pytest.approx(1 / 3)
 
 
 def test_edit_ratio_is_over_the_length_of_both():
@@ -238,7 +282,7 @@ def test_the_report_is_greedy_on_the_named_split_and_sampled_beside_it(monkeypat
             split = str(verify.split_of(np.array([int(a)]), np.array([int(b)]))[0])
             asked.append((split, temperature))
         return evaluation.metrics(np.array([True]), np.array([True])) | {
-            "attempts": [("1", "1", True, True)] * len(problems), "changed_if_wrong": None
+            "rows": [(p, "1", "1", True, True) for p in problems], "changed_if_wrong": None
         }  # fmt: skip
 
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
