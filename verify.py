@@ -2,7 +2,7 @@
 
 The paper's oracle reward r(y, y*) is 0 or 1, is used in training only, and is never shown to the
 policy (arXiv 2409.12917v2, section 3). Here it is `arithmetic`: one strict integer, compared
-exactly. Nothing that a model wrote is ever evaluated.
+exactly. Nothing that a model wrote is ever evaluated here; `program` has it run by `sandbox.py`.
 
 The toy is addition, `483510+516489=`, answered from the left in a fixed number of digits. Half of
 the columns are made to sum to 9, so that a carry runs far: a small model that writes the leading
@@ -26,6 +26,7 @@ import numpy as np
 
 import algebra
 import latex
+import sandbox
 
 MAX_INTEGER_DIGITS = 100  # int() of a long string is quadratic: a bound before any conversion
 MAX_OPERAND_DIGITS = 9  # both operands, side by side, are hashed as one 64-bit number
@@ -39,7 +40,7 @@ class Verdict(NamedTuple):
     """What a verifier says of one attempt.
 
     reward: 1 right, 0 not right, None if the gold answer is unreadable or the verifier failed.
-    status: "right", "wrong", "unparsed" (reward 0) or "error" (reward None).
+    status: "right", "wrong", "unparsed", "timeout" (reward 0) or "error" (reward None).
     detail: why, in words; empty where the status says it all.
     """
 
@@ -236,6 +237,41 @@ def same_text(a: str, b: str) -> bool:
     return a == b or (len(a) > 3 and a.lower() == b.lower())
 
 
+# --- programs -------------------------------------------------------------------------------------
+
+
+def program(
+    source: str,
+    tests: str,
+    timeout: float = 3.0,
+    *,
+    entry_point: str | None = None,
+    prompt: str = "",
+) -> Verdict:
+    """Return the verdict on a Python program, run where it can harm and fool nobody (sandbox.py).
+
+    Args:
+      source: the whole program, for HumanEval the prompt and its completion.
+      tests: asserts, as of MBPP (imports and setup code in front), or HumanEval's `check`.
+      timeout: seconds for everything together.
+      entry_point: the function that `check` is called with, where the tests do not call it.
+      prompt: trusted code, whose helpers the tests use rather than the program's.
+
+    The detail ends with the isolation that the system granted. Safe to call from threads.
+
+    Raises:
+      OSError: the system is neither Linux nor macOS.
+      ValueError: the timeout is not positive.
+
+    >>> program("def add(a, b): return a + b", "assert add(2, 3) == 5").status
+    'right'
+    >>> program("import os; os._exit(0)", "assert add(2, 3) == 5").status
+    'wrong'
+    """
+    status, detail = sandbox.run(source, tests, timeout, entry_point, prompt)
+    return Verdict({"right": 1, "error": None}.get(status, 0), status, detail)
+
+
 # --- the problems ---------------------------------------------------------------------------------
 
 
@@ -257,7 +293,15 @@ def judge(problem: Problem, answer: str, truncated: bool = False) -> Verdict:
     """Return the verdict of the problem's own verifier; a truncated answer is not right."""
     if problem.kind == "arithmetic":
         return arithmetic(answer, problem.gold, truncated)
-    return math(answer, problem.gold, truncated=truncated)
+    if problem.kind == "math":
+        return math(answer, problem.gold, truncated=truncated)
+    if truncated:
+        return Verdict(0, "unparsed", "truncated: no end of turn")
+    if not problem.entry_point:
+        return program(answer, problem.gold)
+    # HumanEval: the answer goes on where the prompt, a function's head, ends
+    source = problem.prompt + answer
+    return program(source, problem.gold, entry_point=problem.entry_point, prompt=problem.prompt)
 
 
 def split_of(a_N: np.ndarray, b_N: np.ndarray, split_seed: int = 0) -> np.ndarray:
