@@ -1,37 +1,35 @@
 """Does a program that nobody trusts do what trusted tests ask?
 
-A program that is graded in the process that grades it can always win: it ends with status 0,
-returns an object that equals everything, reads the expected value from memory, or patches `abs`.
-So there are four processes, and the program gets one that has never held anything worth stealing:
+A program that is graded inside the process that grades it can always win: it exits with status 0,
+returns an object that equals everything, reads the expected value from memory, patches `abs`. So
+it gets a process of its own, which has never held anything worth stealing:
 
-    caller ──job──> guard ──fork──> candidate   runs the program; knows only what it is asked
-      ^               │                 ^
-      │               │         names, arguments, values
-      │               │                 v
-      └───verdict─────┴────fork──> judge        runs the tests; knows the expected values
+    caller ── job ──> guard ── fork ──> candidate   runs the program; knows what it is asked
+      ^                │                    ^
+      │                │       names, arguments and values
+      │                │                    v
+      └── verdict ─────┴────── fork ────> judge     runs the tests; knows what is expected
 
-* The caller (`run`) starts a guard for each program: a fresh interpreter that inherits nothing.
-* The guard forks the candidate before it reads the job, so no memory of the tests is shared. It
-  keeps the deadline, kills and reaps all that is below it, removes the files, and only then tells.
-  It never touches a byte that the program wrote.
-* The judge runs the tests with proxies for what the program defines. A name and arguments go out
-  and one value comes back, as strictly parsed data; `==` is then Python's own on exact built-in
-  types, on a copy of the arguments that the program cannot change. To forge a reply, however it
-  is done, is only to return that value. Objects of other types stay with the candidate and are
-  proxies here: equal to nothing but themselves, and without arithmetic.
-* The candidate has no standard streams, almost no environment, hard limits, an empty directory.
+* `run`, the caller, starts a guard for each program: a fresh interpreter that inherits nothing.
+* The guard forks the candidate before it reads the job, so that they share no memory of the tests.
+  It keeps the deadline, kills and reaps all that is below it, removes the files, and only then
+  tells the verdict. It never reads what a program wrote, so nothing can hold it up.
+* The judge runs the tests on proxies of what the program defines. A name and arguments go out, one
+  value comes back as strictly parsed data, and `==` is Python's own, on exact built-in types. All
+  that a forged reply can do is to be that value. Arguments are copies: what a program does to them
+  counts only for a call that is a statement of its own, as `f(xs)` where `f` is to sort in place.
+  Objects that are no data stay where they are and are proxies here, equal to themselves only.
+* The candidate has no standard streams, hard limits, an empty directory, and the strongest
+  isolation that the system grants. The verdict names it:
+    namespaces    (Linux: root, or anybody where user namespaces are allowed) its own processes,
+                  network and users; read-only system libraries and a tmpfs are all the files.
+    own user      (root otherwise) an own user id; what any user may reach is in reach.
+    process only  (else, and macOS, where moreover a process that leaves the session survives) it
+                  has the caller's rights: to files, to the network, and to kill the guard, which
+                  is then an "error".
 
-Isolation is the strongest that the system grants, and the verdict's detail names it:
-  namespaces    Linux, as root or with user namespaces: own processes, network, IPC, and a
-                read-only root that holds the interpreter, the system's libraries and a tmpfs.
-  own user      root without namespaces: a user id of its own; the network and all that any user
-                may read or write are in reach.
-  process only  everything else, macOS included (there also without adopting daemons: a process
-                that leaves the session survives). The program has the caller's rights: it can
-                read and write the caller's files, and signal the guard, which is status "error".
-
-Limits of any kind: memory is bounded for each process, not for all of them together; `-S` leaves
-tests and programs the standard library only; values nested deeper than about 300 are refused.
+Memory is limited for each process, not for all processes of a program together. Tests and programs
+have the standard library only. Values may be nested some 300 deep.
 """
 
 import ast
@@ -40,6 +38,7 @@ import json
 import os
 import select
 import signal
+import symtable
 import sys
 import time
 import types
@@ -53,6 +52,7 @@ FILES = 64 * 2**20  # bytes of one file, or of all files where the directory is 
 PROCESSES, PROCESSES_SHARED = 64, 2048  # with a user id of its own; together with the caller's
 READ_ONLY = ("/usr", "/lib", "/lib64", "/bin", "/etc", sys.base_prefix, sys.base_exec_prefix)
 START = "import sys; sys.path.append(sys.argv[1]); import sandbox; sandbox.guard(*sys.argv[2:])"
+CALL_IN_PLACE = "call in place"  # a name that no test can have
 
 
 # --- the caller -----------------------------------------------------------------------------------
@@ -61,50 +61,39 @@ START = "import sys; sys.path.append(sys.argv[1]); import sandbox; sandbox.guard
 def run(
     source: str, tests: str, timeout: float, entry_point: str | None = None, prompt: str = ""
 ) -> tuple[str, str]:
-    """Return (status, detail) of a program: right, wrong, unparsed, timeout, or error (ours).
+    """Return a program's status (right, wrong, unparsed, timeout, or error: ours) and the reason.
 
-    Safe in threads and in a large process: no fork of the caller, no signal handler, no pipe that
-    another thread's child could hold open.
+    Safe in threads and in a large process: neither a fork of the caller nor a signal handler.
 
     Raises:
       OSError: the system is neither Linux nor macOS.
-      ValueError: the timeout is not positive.
+      ValueError: the timeout is out of range.
     """
+    import subprocess  # here, not above: the guard, too, imports this file, and starts often
+
     if os.name != "posix":
         raise OSError(f"programs are run on Linux and macOS only, this is {sys.platform}")
-    if not timeout > 0:
-        raise ValueError(f"timeout must be positive, in seconds, got {timeout}")
+    if not 0 < timeout <= 3600:
+        raise ValueError(f"timeout must be above 0 and at most 3600 seconds, got {timeout}")
     if len(source) > SOURCE:
         return "unparsed", f"the program is longer than {SOURCE} characters"
-    import subprocess  # here, not above: the guard imports this file and must start quickly
-    import tempfile
-
-    deadline = time.monotonic() + timeout
     job = dict(source=source, tests=tests, entry_point=entry_point, prompt=prompt)
-    arguments = [os.path.dirname(os.path.abspath(__file__)), repr(deadline), tempfile.gettempdir()]
-    environment = {k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH") if k in os.environ}
+    here, temporary = os.path.dirname(os.path.abspath(__file__)), os.environ.get("TMPDIR", "/tmp")
+    deadline = time.monotonic() + timeout  # this clock is the system's: the guard reads the same
     try:
-        with tempfile.TemporaryFile() as file:
-            file.write(json.dumps(job).encode())
-            file.seek(0)
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", START, *arguments],
-                stdin=file,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                cwd="/",
-                env=environment,
-                start_new_session=True,
-            )
-        with process:
-            poll = select.poll()  # unlike select.select, it takes descriptors above 1023
-            poll.register(process.stdout, select.POLLIN)
-            told = poll.poll(1000 * (deadline + GRACE - time.monotonic()))
-            verdict = os.read(process.stdout.fileno(), 2**16) if told else b""
-            if not verdict:
-                process.kill()
-    except OSError as error:
-        return "error", f"cannot start the guard: {error}"
+        verdict = subprocess.run(
+            [*(sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c"), START]
+            + [here, repr(deadline), os.path.abspath(temporary)],
+            input=json.dumps(job).encode() + b"\n",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=timeout + GRACE,
+            cwd="/",
+            env={k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH") if k in os.environ},
+            start_new_session=True,
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "error", f"the guard failed: {brief(error)}"
     return tuple(json.loads(verdict)) if verdict else ("error", "the guard was lost")
 
 
@@ -129,13 +118,17 @@ def guard(deadline: str, temporary: str):
             c_library("prctl", 4, 0)  # PR_SET_DUMPABLE: the same user's programs cannot look in
         if time.monotonic() > float(deadline):
             raise TimeoutError("the machine was too slow to start")
-        status, detail = await_judge(json.load(sys.stdin.buffer), ask, answer, float(deadline))
+        job = json.loads(sys.stdin.buffer.readline())
+        status, detail = await_judge(job, ask, answer, float(deadline))
         isolation = confine.__name__.replace("_", " ")
         detail = f"{detail}; {isolation}" if detail else isolation
     except BaseException as error:
         status, detail = "error", brief(error)
     end_all(candidate)
-    remove(directory)
+    try:
+        remove(directory)
+    except OSError as error:
+        detail += f"; files are left in {directory}: {brief(error)}"
     os.write(1, json.dumps([status, detail]).encode())
 
 
@@ -166,7 +159,7 @@ def await_judge(job: dict, ask: int, answer: int, deadline: float) -> tuple[str,
     if not pid:
         try:
             silence()
-            limit(MEMORY=2 * MEMORY)
+            limit(AS=2 * MEMORY, CORE=0)
             if sys.platform == "linux":
                 c_library("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlive the guard
             verdict = judge(job, Peer(answer, ask, {"call": OPERATIONS["call"]}, {}))
@@ -217,23 +210,33 @@ def kill(pid: int):
 def remove(directory: str):
     """Remove a directory, whatever its modes are and however deep it goes.
 
-    Each subdirectory is first moved to the top, as the path of a deep one would be too long.
+    It is walked step by step, as the path of a deep place is longer than the system accepts.
     """
-    left = [directory]
-    while left:
-        path = left.pop()
-        try:
-            os.chmod(path, 0o700)
-            for entry in os.scandir(path):
-                if entry.is_dir(follow_symlinks=False):
-                    os.chmod(entry.path, 0o700)  # or it could not be moved
-                    left.append(f"{directory}-{os.urandom(8).hex()}")
-                    os.rename(entry.path, left[-1])
-                else:
-                    os.unlink(entry.path)
-            os.rmdir(path)
-        except OSError:
-            pass  # it was never made, or the program has removed it
+    if not os.path.isdir(directory):
+        return
+    os.chmod(directory, 0o700)
+    os.chdir(directory)
+    way, left = [], [unlink_files()]  # the names down to here; the directories left at each step
+    while way or left[-1]:
+        if left[-1]:
+            way.append(left[-1].pop())
+            os.chmod(way[-1], 0o700)
+            os.chdir(way[-1])
+            left.append(unlink_files())
+        else:
+            left.pop()
+            os.chdir("..")
+            os.rmdir(way.pop())
+    os.rmdir(directory)
+
+
+def unlink_files() -> list[str]:
+    """Remove all files from the current directory; return the names of its directories."""
+    entries = list(os.scandir())
+    for entry in entries:
+        if not entry.is_dir(follow_symlinks=False):
+            os.unlink(entry.name)
+    return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
 def c_library(name: str, *arguments):
@@ -266,9 +269,17 @@ def limit(**limits: int):
             pass
 
 
+def said(error: BaseException) -> str:
+    """Return an error's message, or nothing where the error is one that cannot say it."""
+    try:
+        return str(error)[:1000]
+    except BaseException:
+        return ""
+
+
 def brief(error: BaseException) -> str:
     """Describe an error in one short line that is safe to print."""
-    text = f"{type(error).__name__}: {error}"[:200]
+    text = f"{type(error).__name__}: {said(error)[:200]}".removesuffix(": ")
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -332,6 +343,7 @@ def own_user(directory: str):
 def process_only(directory: str):
     """Only go to an empty directory."""
     os.makedirs(directory, 0o700, exist_ok=True)
+    os.chown(directory, os.getuid(), os.getgid())  # an attempt as another user may have made it
     os.chdir(directory)
 
 
@@ -394,9 +406,9 @@ OPERATIONS = {  # that the judge may ask for, on the program's module or on an o
 
 
 def judge(job: dict, peer) -> tuple[str, str]:
-    """Run the tests on the program at the other end; return the status and why."""
+    """Run the tests on the program at the other end; return the status and the reason."""
+    names = {"__name__": "tests", CALL_IN_PLACE: call_in_place}
     try:
-        names = {"__name__": "tests"}
         exec(compile(job["prompt"], "<prompt>", "exec"), names)
         tests, wanted = prepare(job["tests"], names, job["entry_point"])
     except Exception as error:
@@ -408,6 +420,7 @@ def judge(job: dict, peer) -> tuple[str, str]:
     try:
         peer.ask(0, "run")
         for name in wanted:
+            names.pop(name, None)  # the stub of the prompt
             try:
                 names[name] = getattr(Remote(peer, 0), name)
             except AttributeError:
@@ -417,43 +430,60 @@ def judge(job: dict, peer) -> tuple[str, str]:
     except BaseException as error:
         ours = isinstance(error, ImportError) and not hasattr(error, "of_program")
         return "error" if ours else "wrong", where(error) + brief(error)
-    if peer.heard == heard:
-        return "error", "the tests have not called the program"
-    return ("wrong", peer.lost) if peer.lost else ("right", "")
+    if peer.lost:
+        return "wrong", peer.lost  # in spite of tests that catch all errors
+    if peer.heard == heard and all(type(names.get(name)) is Remote for name in wanted):
+        return "error", "the tests have asked nothing of the program"
+    return "right", ""
 
 
 def prepare(tests: str, names: dict, entry_point: str | None):
-    """Return the compiled tests and the names that they take from the program.
+    """Return the compiled tests, and the names that they take from the program.
 
-    Builtins and standard modules are never the program's, unless nothing else is called: `def abs`
-    in a program changes no test, yet a task may ask for a function `sum`.
+    Builtins and standard modules are never the program's: `def abs` in it changes no test. Only
+    where the tests call nothing else are they taken for the task's, which may be to write a `sum`.
     """
+    if entry_point and "def check(" in tests:
+        tests += f"\ncheck({entry_point})\n"  # HumanEval's form
+    top = symtable.symtable(tests, "<tests>", "exec")
+    tables = [top]
+    for table in tables:
+        tables += table.get_children()
+    used = {
+        symbol.get_name()
+        for table in tables
+        for symbol in table.get_symbols()
+        if symbol.is_referenced() and (table is top or symbol.is_global())
+    }
+    used -= {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
     tree = ast.parse(tests)
-    if entry_point and any(getattr(node, "name", "") == "check" for node in tree.body):
-        tree.body += ast.parse(f"check({entry_point})").body  # HumanEval's form
-    nodes = list(ast.walk(tree))
-    uses = [node for node in nodes if isinstance(node, ast.Name)]
-    bound = {node.id for node in uses if not isinstance(node.ctx, ast.Load)} | names.keys()
-    bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
-    bound |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-    for node in nodes:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            bound |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-    calls = [n for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
-    called = {call.func.id for call in calls} - bound
-    free = {node.id for node in uses} - bound - set(dir(builtins))
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    called = {call.func.id for call in calls}
+    free = used - names.keys() - set(dir(builtins))
     for name in free & sys.stdlib_module_names - called:
         names[name] = __import__(name)
-    wanted = free - names.keys() | {entry_point} & {node.id for node in uses} or called
+    wanted = free - names.keys() | used & {entry_point} or used & called - names.keys()
     if not wanted:
         raise ValueError("they use nothing of the program")
-    names["call in place"] = call_in_place  # no name that tests can have
-    for node in nodes:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and node.value in calls:
             call = node.value
             call.args.insert(0, call.func)
-            call.func = ast.copy_location(ast.Name("call in place", ast.Load()), call.func)
+            call.func = ast.copy_location(ast.Name(CALL_IN_PLACE, ast.Load()), call.func)
     return compile(tree, "<tests>", "exec"), wanted
+
+
+def call_in_place(function, *args, **kwargs):
+    """Call a function whose value nobody uses: its effect on the arguments is what is asked."""
+    if type(function) is not Remote:
+        return function(*args, **kwargs)
+    changed = function._peer.ask(function._number, "call_in_place", *args, **kwargs)
+    for mine, theirs in zip(args, changed, strict=True):
+        if type(mine) is type(theirs) is list:
+            mine[:] = theirs
+        elif type(mine) is type(theirs) and type(mine) in (dict, set):
+            mine.clear()
+            mine.update(theirs)
 
 
 def where(error: BaseException) -> str:
@@ -576,7 +606,7 @@ class Peer:
             raise
         except BaseException as error:
             kinds = [kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins"]
-            message = [nonce, kinds[0], brief(error)]
+            message = [nonce, kinds[0], said(error)]
         self.send(message)
 
     def encode(self, value):
@@ -622,16 +652,3 @@ def their_error(name: str, text: str) -> Exception:
     error = kind.__new__(kind, text)  # some cannot be initialised with only a text
     error.of_program = True
     return error
-
-
-def call_in_place(function, *args, **kwargs):
-    """Call a function whose value nobody uses: here the effect on the arguments is the result."""
-    if type(function) is not Remote:
-        return function(*args, **kwargs)
-    changed = function._peer.ask(function._number, "call_in_place", *args, **kwargs)
-    for mine, theirs in zip(args, changed, strict=True):
-        if type(mine) is type(theirs) is list:
-            mine[:] = theirs
-        elif type(mine) is type(theirs) and type(mine) in (dict, set):
-            mine.clear()
-            mine.update(theirs)
