@@ -126,7 +126,7 @@ def guard(deadline: str, temporary: str):
         status, detail = "error", brief(error)
     end_all(candidate)
     try:
-        remove(directory)
+        remove(directory, float(deadline) + GRACE - 1)
     except OSError as error:
         detail += f"; files are left in {directory}: {brief(error)}"
     os.write(1, json.dumps([status, detail]).encode())
@@ -207,10 +207,11 @@ def kill(pid: int):
         pass
 
 
-def remove(directory: str):
-    """Remove a directory, whatever its modes are and however deep it goes.
+def remove(directory: str, until: float):
+    """Remove a directory, whatever its modes are and however deep it goes, or raise OSError.
 
-    It is walked step by step, as the path of a deep place is longer than the system accepts.
+    It is walked step by step, as the path of a deep place is longer than the system accepts. The
+    caller's patience ends soon after `until`; the verdict is worth more than the last directory.
     """
     if not os.path.isdir(directory):
         return
@@ -218,6 +219,8 @@ def remove(directory: str):
     os.chdir(directory)
     way, left = [], [unlink_files()]  # the names down to here; the directories left at each step
     while way or left[-1]:
+        if time.monotonic() > until:
+            raise TimeoutError("there are too many")
         if left[-1]:
             way.append(left[-1].pop())
             os.chmod(way[-1], 0o700)

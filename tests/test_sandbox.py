@@ -383,12 +383,12 @@ def test_a_trick_on_the_tests_earns_nothing(name):
     assert not children()
 
 
-@pytest.mark.parametrize("depth", [10, 3000])
-def test_directories_that_resist_are_removed(depth, isolation, temporary):
-    source = f"import os\nfor _ in range({depth}):\n    os.mkdir('d')\n    os.chdir('d')\n"
-    source += (
-        "open('x', 'w').close()\nos.symlink('/', 'root')\nos.chmod('..', 0o500)\nos.chmod('.', 0)\n"
-    )
+@pytest.mark.parametrize("name", ["d", "d" * 200])
+def test_directories_that_resist_are_removed(name, isolation, temporary):
+    """Also below a path of 8000 characters, of which a system call accepts 4096."""
+    source = f"import os\nfor _ in range(40):\n    os.mkdir('{name}')\n    os.chdir('{name}')\n"
+    source += "open('x', 'w').close()\nos.symlink('/', 'root')\n"
+    source += "os.chmod('..', 0o500)\nos.chmod('.', 0)\n"
     assert verify.program(source + ADD, TESTS, 5.0).reward == 1
     assert not list(temporary.iterdir())
 
