@@ -21,7 +21,7 @@ it gets a process of its own, which has never held anything worth stealing:
   Objects that are no data stay where they are and are proxies here, equal to themselves only.
 * The candidate has no standard streams, hard limits, an empty directory, and the strongest
   isolation that the system grants. The verdict names it:
-    namespaces    (Linux: root, or anybody where user namespaces are allowed) its own processes,
+    namespaces    (Linux 5.12: root, or anybody where users may make them) its own processes,
                   network and users; read-only system libraries and a tmpfs are all the files.
     own user      (root otherwise) an own user id; what any user may reach is in reach.
     process only  (else, and macOS, where moreover a process that leaves the session survives) it

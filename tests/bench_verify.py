@@ -10,7 +10,6 @@ time of all processes).
 """
 
 import argparse
-import ast
 import gzip
 import json
 import pathlib
@@ -85,7 +84,7 @@ def mbpp_sanitized():
 def mbpp_plus():
     for row in rows("mbpp/MbppPlus-OriginFmt.jsonl.gz"):
         tests = row["test"].replace("import numpy as np\n", NUMPY)
-        imports = "\n".join(ast.literal_eval(row["test_imports"]))
+        imports = "\n".join(row["test_imports"])
         yield row["task_id"], program(row["code"], f"{imports}\n{tests}"), 1
 
 

@@ -274,7 +274,7 @@ EVIL = {
     "deep value": "def add(a, b):\n    x = []\n    for _ in range(10**5): x = [x]\n    return x",
     "cyclic value": "def add(a, b):\n    x = []\n    x.append(x)\n    return x",
     "value of 80 MB": "def add(a, b): return 'x' * 80_000_000",
-    "5 million items": "def add(a, b): return [0] * 5_000_000",
+    "5 million commas": "def add(a, b): return ',' * 5_000_000",
     "memory": "def add(a, b): return len(bytearray(3 << 30))",
     "raised limits": (
         "import resource\nfor r in (resource.RLIMIT_AS, resource.RLIMIT_FSIZE):\n"
@@ -563,7 +563,7 @@ def test_humaneval_solutions_pass_and_solutions_without_a_body_fail():
         (t["prompt"] + "    return None\n", t["test"], k) for t, k in zip(tasks, keys, strict=True)
     ]
     helped = {32, 38, 50}  # their tests call a helper that the prompt defines
-    some = [i for i in range(164) if i % 3 == 0 or i in helped]
+    some = [i for i in range(164) if i % 4 == 0 or i in helped]
     assert [v.reward for v in verdicts([right[i] for i in some])] == [1] * len(some)
     assert [v.reward for v in verdicts([wrong[i] for i in some])] == [0] * len(some)
 
