@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 
+import bench_verify
 import pytest
 import seeds
 from test_run import options
@@ -15,7 +16,10 @@ from truth import ROOT
 import run as runs
 
 README = (ROOT / "README.md").read_text()
-MODULES = ("verify.py", "model.py", "rollout.py", "run.py", "score.py", "eval.py")
+MODULES = (
+    "algebra.py", "latex.py", "sandbox.py", "verify.py", "model.py", "rollout.py", "run.py",
+    "score.py", "eval.py",
+)  # fmt: skip
 
 
 def commands(text, indent=""):
@@ -45,6 +49,10 @@ def execute(command, folder):
             words += ["--seeds", "0", "1", "--runs", "runs/seeds", "--out", "seeds.json"]
             words += options(**TINY)
             status = 1  # the claims do not hold at a tiny size, and that is what it says
+        if words[1] == "tests/bench_verify.py":
+            if not bench_verify.SHARED.exists():
+                continue
+            words += ["--only", "prose", "--out", "verify.json"]
         if "--table" in words:  # it says by its status whether all claims hold
             found = seeds.claims(json.loads(seeds.RESULTS.read_text()))
             status = 0 if all(holds for *_, holds in found) else 1
@@ -84,6 +92,20 @@ def test_the_modules_commands_run(module, folder):
 def test_the_readmes_tables_are_those_of_the_results_file():
     results = json.loads(seeds.RESULTS.read_text())
     assert seeds.tables(results) in README
+
+
+def test_the_verifiers_table_is_that_of_its_results_file_and_says_what_is_claimed():
+    results = json.loads(bench_verify.RESULTS.read_text())
+    assert bench_verify.table(results) in README
+    found = results["sets"]
+    assert list(found) == list(bench_verify.SETS)
+    ours, theirs = found["pairs"]
+    assert ours["as_due"] / ours["n"] >= 0.97 and ours["accepted_wrongly"] == 0
+    assert ours["median_ms"] <= theirs["median_ms"]
+    for name, most in (("gsm8k", 0), ("humaneval", 0), ("humaneval_none", 0), ("mbpp", 4)):
+        assert found[name][0]["n"] - found[name][0]["as_due"] <= most
+    for name in ("humaneval", "mbpp"):
+        assert found[name][0]["per_second_a_core"] >= 8
 
 
 def test_the_results_file_holds_ten_runs_of_one_commit_and_of_the_default_settings():
