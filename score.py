@@ -187,16 +187,21 @@ def score_terms(policy: GPT, base: GPT, r: Rollout, temperature: float, kl: str)
     All are of the law that was sampled: logits / temperature, for policy and base alike. The KL of
     an attempt that another model wrote is 0, as is its policy gradient (`own_mask1`).
     """
-    ids_BS, target_BS1 = r.ids_BT[:, :-1], r.ids_BT[:, 1:, None]
+    ids_BS = r.ids_BT[:, :-1]
     law_BSV = token_law(policy(ids_BS), temperature)
     with torch.no_grad():
         ref_law_BSV = token_law(base(ids_BS), temperature)
-    logp_BS = law_BSV.gather(-1, target_BS1)[..., 0]
+    logp_BS = of_tokens(law_BSV, r)
     turns = (own_mask1(r), r.mask2_BS)
     if kl == "exact":
         return logp_BS, *(kl_exact(law_BSV, ref_law_BSV, logp_BS, mask_BS) for mask_BS in turns)
-    ref_logp_BS = ref_law_BSV.gather(-1, target_BS1)[..., 0]
+    ref_logp_BS = of_tokens(ref_law_BSV, r)
     return logp_BS, *(kl_k1(logp_BS, ref_logp_BS, mask_BS) for mask_BS in turns)
+
+
+def of_tokens(law_BSV, r: Rollout):
+    """Return [B, S] log-probabilities of the tokens that stand in the rows."""
+    return law_BSV.gather(-1, r.ids_BT[:, 1:, None])[..., 0]
 
 
 def own_mask1(r: Rollout):
@@ -215,15 +220,20 @@ def sft_step(run: Run) -> dict:
     )  # fmt: skip
     r = read_documents(documents, c.device)
     mask_BS = r.mask1_BS | r.mask2_BS
-    logp_BS = token_law(run.policy(r.ids_BT[:, :-1]), 1.0).gather(-1, r.ids_BT[:, 1:, None])[..., 0]
+    logp_BS = of_tokens(token_law(run.policy(r.ids_BT[:, :-1]), 1.0), r)
     loss = loss_sft(logp_BS, mask_BS).sum() / mask_BS.sum()
     run.optimizer.zero_grad()
     loss.backward()
-    grad_norm = torch.nn.utils.clip_grad_norm_(
-        run.policy.parameters(), c.clip, error_if_nonfinite=True
-    )
+    grad_norm = descend(run)
+    return {"loss": loss.item(), "grad_norm": grad_norm}
+
+
+def descend(run: Run) -> float:
+    """Clip the gradient and take the optimiser's step; return the norm that the gradient had."""
+    weights = run.policy.parameters()
+    norm = torch.nn.utils.clip_grad_norm_(weights, run.config.clip, error_if_nonfinite=True)
     run.optimizer.step()
-    return {"loss": loss.item(), "grad_norm": grad_norm.item()}
+    return norm.item()
 
 
 def sample(model: GPT, c: Config, problems, generator, temperature, **offline) -> Rollout:
@@ -300,17 +310,14 @@ def rl_step(run: Run, phase: Phase) -> dict:
         (loss_B.sum() / B).backward()
         gap = max(gap, sampler_gap(logp_BS.detach(), part))
         kl1, kl2 = kl1 + kl1_B.sum().item(), kl2 + kl2_B.sum().item()
-    grad_norm = torch.nn.utils.clip_grad_norm_(
-        run.policy.parameters(), c.clip, error_if_nonfinite=True
-    )
-    run.optimizer.step()
+    grad_norm = descend(run)
 
     own_B = ~r.offline1_B
     acc_t1, acc_t2 = reward1_B[own_B].mean().item(), reward2_B[own_B].mean().item()
     kl1, kl2 = kl1 / int(own_B.sum()), kl2 / B
     log = dict(
         acc_t1=acc_t1, acc_t2=acc_t2, delta=acc_t2 - acc_t1, kl1=kl1, kl2=kl2, beta2=p.beta2,
-        grad_norm=grad_norm.item(), gap=gap, truncated1=r.truncated1_B.float().mean().item(),
+        grad_norm=grad_norm, gap=gap, truncated1=r.truncated1_B.float().mean().item(),
         truncated2=r.truncated2_B.float().mean().item(), dropped=1 - B / c.batch,
     )  # fmt: skip
     if c.adaptive_beta2 and phase.objective == "stage1":
