@@ -181,7 +181,10 @@ def read_words(words: str) -> list[tuple[str, str]]:
 
 
 def read_letters(run: str) -> list[tuple[str, str]]:
-    """Return the tokens of a run of letters: a known name, or up to three variables, multiplied."""
+    """Return the tokens of a run of letters: a known name, or up to three variables, multiplied.
+
+    Capitals together, as AB of a segment or of an order, are one name: AB is not BA.
+    """
     if run in ("and", "or"):
         return [("op", "and")]
     if run in ("percent", "pct"):
@@ -192,8 +195,10 @@ def read_letters(run: str) -> list[tuple[str, str]]:
         return [("cmd", "infty")]
     if len(run) > 1 and (name := unit(run)):
         return [("unit", name)]
-    if len(run) > 3:
+    if len(run) > 3 or re.fullmatch("[A-Z][a-z]{2}", run):
         raise Unreadable(f"unknown word {run[:40]!r}")
+    if len(run) > 1 and run.isupper():
+        return [("sym", run)]
     return [("cmd" if letter in "ei" else "sym", letter) for letter in run]
 
 
@@ -648,7 +653,10 @@ class Parser:
             self.expect("]")
         if self.peek()[0] == "num" and len(self.peek()[1]) > 1:
             raise Unreadable("a root of several digits without braces")
-        return power(scalar(self.argument()), power(scalar(index), Fraction(-1)))
+        x = scalar(self.argument())
+        if isinstance(x, Fraction) and x < 0 and isinstance(index, Fraction) and index % 2 == 1:
+            return negative(power(-x, 1 / index))  # the real root, as schools have it
+        return power(x, power(scalar(index), Fraction(-1)))
 
     def binomial(self):
         return binomial(scalar(self.argument()), scalar(self.argument()))

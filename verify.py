@@ -133,6 +133,8 @@ def math(answer: str, gold: str, timeout: float = 2.0, truncated: bool = False) 
       (1, 2) [1, 2]      brackets and order count; a list without brackets is neither
       intervals          are not inequalities: (0, 1) is not 0 < x < 1
       a \pm b            is the list of both values
+      odd roots          of negative numbers are real: \sqrt[3]{-8} is -2
+      capitals           AB is one name, not A times B
       text               whole words, compared without case from four letters on; \text{E} is E
       e, i, \pi          are constants, other letters variables; \log has no base, \ln has e
       12_3               is a number in base 3
