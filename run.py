@@ -61,12 +61,12 @@ class Config:
     sft_batch: int = knob(128, "documents a step", 1, 2**20)
     sft_lr: float = knob(6e-3, "peak learning rate, then linear to 0", 0, 1)
     sft_warmup: int = knob(100, "steps of linear warm-up of the base", 0, 10**9)
-    forget: float = knob(0.35, "probability that a draft slips a carry at a column of 9", 0, 1)
-    lose: float = knob(0.75, "the same from the third such column in a row on", 0, 1)
-    right_revision: float = knob(0.2, "share of right revisions, after the clean part", 0, 1)
-    copy: float = knob(0.74, "share of copied drafts, after the clean part", 0, 1)
+    forget: float = knob(0.25, "probability that a draft slips a carry at a column of 9", 0, 1)
+    lose: float = knob(0.85, "the same from the third such column in a row on", 0, 1)
+    right_revision: float = knob(0.18, "share of right revisions, after the clean part", 0, 1)
+    copy: float = knob(0.77, "share of copied drafts, after the clean part", 0, 1)
     clean: float = knob(
-        0.7, "share of the base's steps, its first, with right revisions only", 0, 1
+        0.68, "share of the base's steps, its first, with right revisions only", 0, 1
     )
     # reinforcement learning
     stage1_steps: int = knob(60, "steps of Stage I", 1, 10**9)
