@@ -3,7 +3,7 @@
 sympy can hang in C code or fill the memory, and no thread or signal stops it cleanly. So it runs in
 a worker process that answers one question at a time and is killed when its time is up. Questions
 are nodes of `latex`, built into sympy expressions through constructors alone: no string is ever
-handed to `sympify` or `parse_expr`. A numeric difference refutes; only a proof accepts.
+handed to `sympify` or `parse_expr`. A numeric difference refutes; only a proof makes two equal.
 
     python -c "import algebra, latex; print(algebra.ask('zero', *map(latex.parse, ('x+x', '2x'))))"
 """
@@ -24,6 +24,10 @@ class TimedOut(Exception):
     """sympy was still busy when the time was up."""
 
 
+class WorkerDied(Exception):
+    """The process ended, or could not be started, for no fault of the question's length."""
+
+
 class Worker:
     """A process that answers one question at a time, and is killed when it takes too long.
 
@@ -37,8 +41,14 @@ class Worker:
 
     def start(self) -> None:
         command = [sys.executable, "-I", os.path.abspath(__file__)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        except OSError as error:
+            raise WorkerDied(f"sympy's process could not be started: {error}") from None
+        timer = threading.Timer(60, self.process.kill)
+        timer.start()
         self.process.stdout.read(1)  # sympy is imported: from here on the time counts
+        timer.cancel()
 
     def close(self) -> None:
         if self.process is not None and os.getpid() == self.owner:  # not at the end of a fork
@@ -47,7 +57,7 @@ class Worker:
             self.process = None
 
     def ask(self, question, seconds: float):
-        """Return the worker's answer. Raises TimedOut; RuntimeError if it dies of the question."""
+        """Return the worker's answer. Raises TimedOut; WorkerDied if it dies of the question."""
         with self.lock:
             self.questions += 1
             for _ in range(2):  # it may have died since the last question: then a new one
@@ -62,6 +72,9 @@ class Worker:
                     reply = self.process.stdout.readline()
                 except BrokenPipeError:
                     reply = b""
+                except BaseException:  # as Ctrl-C: an answer that nobody reads is not for the next
+                    self.close()
+                    raise
                 finally:
                     timer.cancel()
                 if reply:
@@ -69,7 +82,7 @@ class Worker:
                 self.close()
                 if time.monotonic() - started >= 0.9 * seconds:
                     raise TimedOut(f"sympy took more than {seconds:.1f} s")
-        raise RuntimeError("the sympy worker died twice")
+        raise WorkerDied("sympy's process died twice")
 
 
 REPLIES = (False, True, "positive", "negative")
@@ -89,7 +102,7 @@ def ask(what: str, x, y, half: Fraction | None = None, deadline: float | None = 
       deadline: of time.monotonic(); without it 2 seconds from now.
 
     Raises:
-      TimedOut: it did not know in time. RuntimeError: the worker died of the question.
+      TimedOut: it did not know in time. WorkerDied: there is no process, or it died of this.
     """
     left = 2.0 if deadline is None else deadline - time.monotonic()
     if left <= 0:
@@ -105,8 +118,9 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
     except (ImportError, ValueError):
         pass  # Windows has no such limit; elsewhere the time limit remains
-    import sympy  # noqa: F401  (imported before the time counts)
-
+    y = ("sym", "y")
+    for what in ("zero", "factor"):  # sympy imports much of itself late: before the time counts
+        decide(what, ("add", ("fn", "sin", y), y), ("mul", Fraction(2), y), None)
     out = sys.stdout.buffer
     out.write(b"!")
     out.flush()
@@ -136,6 +150,8 @@ def decide(what: str, x, y, half):
     import sympy
 
     a, b = build(x), build(y)
+    if any(z.has(sympy.nan, sympy.zoo, sympy.AccumBounds) for z in (a, b)):
+        return False  # 1/0 is no number, and not equal to another
     if what == "near":
         gap = sympy.N(a - b, 60)
         return bool(gap.is_comparable and abs(gap) <= half)
@@ -157,13 +173,16 @@ def build(x):
         return sympy.Symbol(x[1])
     if x[0] == "const":
         return {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "oo": sympy.oo}[x[1]]
+    if x[0] == "call":
+        return sympy.Function(x[1])(build(x[2]))
     if x[0] != "fn":
         return {"add": sympy.Add, "mul": sympy.Mul, "pow": sympy.Pow}[x[0]](*map(build, x[1:]))
     if x[1] == "log":  # of an unstated base: it has the laws of logarithms, and no values
         return sympy.log(build(x[2])) / sympy.log(sympy.Symbol("base of log"))
     names = {"ln": "log", "abs": "Abs", "floor": "floor", "ceil": "ceiling", "arcsin": "asin",
              "arccos": "acos", "arctan": "atan", "arccot": "acot"}  # fmt: skip
-    made = sympy.Function("prime") if x[1] == "prime" else getattr(sympy, names.get(x[1], x[1]))
+    unknown = x[1].startswith("prime")
+    made = sympy.Function(x[1]) if unknown else getattr(sympy, names.get(x[1], x[1]))
     return made(*map(build, x[2:]))
 
 

@@ -9,13 +9,14 @@ is done. Where that does not decide, `algebra` looks for a proof that a differen
     python -c "import latex; print(latex.same(r'\\frac{\\sqrt{8}}{4}', r'1/\\sqrt2'))"
 
 A node is a Fraction, or a tuple that starts with its kind:
-    ("sym", name) ("const", "pi" | "e" | "i" | "oo") ("add" | "mul", x, y) ("pow", x, y)
-    ("fn", name, x, ...) ("pm", x, sign)                     numbers and expressions
-    ("percent", x) ("unit", x, name)                         marked numbers
+    ("sym", name) ("const", "pi" | "e" | "i" | "oo") ("add" | "mul", x, y, ...) ("pow", x, y)
+    ("fn", name, x, ...) ("call", name, x) ("pm", x, sign)    numbers and expressions
+    ("percent", x) ("unit", x, name) ("base", digits, b)     marked numbers
     ("list", x, ...) ("set", x, ...) ("seq", "[", x, ..., ")") ("ratio", x, ...)
     ("union", x, ...) ("matrix", row, ...) ("rel", (op, ...), x, y, ...)
 """
 
+import functools
 import math
 import re
 import time
@@ -24,7 +25,7 @@ from fractions import Fraction
 import algebra
 
 MAX_CHARS = 2000  # of an answer
-MAX_DEPTH = 40  # of nested brackets
+MAX_DEPTH = 20  # of nested brackets, arguments and powers
 MAX_TOKENS = 400
 MAX_BITS = 60_000  # of a numerator or denominator; checked before a power is taken
 MAX_ITEMS = 24  # of a list: lists are matched item by item
@@ -44,7 +45,8 @@ UNICODE = {
     "±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "²": "^{2}",
     "³": "^{3}", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "⅔": r"\frac{2}{3}", "θ": r"\theta ",
     "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "α": r"\alpha ", "β": r"\beta ", "λ": r"\lambda ",
-    "\u00a0": " ", "\u2009": " ", "\u202f": " ", "′": "'", "€": "", "£": "",
+    "\u00a0": " ", "\u2009": " ", "\u202f": " ", "′": "'", "€": r"\text{euro}",
+    "£": r"\text{sterling}", "¢": r"\text{cent}",
 }  # fmt: skip
 GREEK = set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho "
@@ -53,6 +55,7 @@ GREEK = set(
 FUNCTIONS = set(
     "sin cos tan cot sec csc arcsin arccos arctan arccot sinh cosh tanh exp ln log abs".split()
 )
+CURRENCIES = ("dollar", "euro", "sterling")  # which stand before the number, too
 TRIGONOMETRIC = ("sin", "cos", "tan", "cot", "sec", "csc")
 SAME_COMMAND = {
     "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom",
@@ -61,17 +64,18 @@ SAME_COMMAND = {
     "cdot": "*", "times": "*", "ast": "*", "div": "/", "bmod": "mod", "lvert": "|", "rvert": "|",
     "vert": "|", "mid": "|", "colon": ":", "lbrace": r"\{", "rbrace": r"\}",
     "varnothing": "emptyset",
-    "land": "and", "lor": "and", "lbrack": "[", "rbrack": "]", "degree": "circ", "bigcup": "cup",
+    "land": "and", "lor": "and", "lbrack": "[", "rbrack": "]", "langle": "(", "rangle": ")",
+    "degree": "circ", "bigcup": "cup",
 }  # fmt: skip
 IGNORED = set(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr quad qquad displaystyle textstyle limits "
-    "nolimits mathopen mathclose".split()
+    "nolimits mathopen mathclose angle triangle vec overrightarrow".split()
 )
 STYLED = r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|operatorname\*?)"
 UNITS = {
     "unit": "units", "square unit": "units^2", "sq unit": "units^2", "cubic unit": "units^3",
     "mm": "mm", "cm": "cm", "m": "m", "km": "km", "meter": "m", "metre": "m", "centimeter": "cm",
-    "kilometer": "km", "millimeter": "mm", "in": "in", "inch": "in", "inches": "in", "ft": "ft",
+    "kilometer": "km", "millimeter": "mm", "in": "in", "inch": "in", "inche": "in", "ft": "ft",
     "foot": "ft", "feet": "ft", "yard": "yd", "yd": "yd", "mi": "mi", "mile": "mi", "mph": "mph",
     "mile per hour": "mph", "km/h": "km/h", "m/s": "m/s", "g": "g", "gram": "g", "kg": "kg",
     "kilogram": "kg", "lb": "lb", "pound": "lb", "ounce": "oz", "oz": "oz", "second": "s", "s": "s",
@@ -79,19 +83,22 @@ UNITS = {
     "week": "week", "month": "month", "year": "year", "dollar": "dollar", "cent": "cent",
     "degree": "degree", "deg": "degree", "radian": "rad", "liter": "l", "gallon": "gal",
     "people": "people", "person": "people", "student": "student", "way": "way", "time": "time",
-    "point": "point", "side": "side", "mL": "ml", "ml": "ml", "square": "square", "coin": "coin",
+    "point": "point", "side": "side", "euro": "euro", "sterling": "sterling",
+     "mL": "ml", "ml": "ml", "square": "square", "coin": "coin",
 }  # fmt: skip
 
 TOKEN = re.compile(
-    r"(?P<space>\s+|~|\\[,;:!> ]|\\?\$)|(?P<break>\\\\)"
+    r"(?P<space>\s+|~|\\[,;:!> ]|\$)|(?P<break>\\\\(?:\[[^\]]*\])?)|(?P<dollar>\\\$)"
     rf"|{STYLED}\s*\{{(?P<words>[^{{}}]*)\}}|\\(?P<edge>begin|end)\s*\{{(?P<name>[a-z]+)\*?\}}"
     r"|(?P<repeating>[0-9]*\.[0-9]*\\overline\s*\{[0-9]+\})"
-    r"|(?P<number>(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]+(?![0-9A-Za-z]))?)"
+    r"|(?P<number>[0-9]*\.[0-9]+(?:[eE][+-]?[0-9]+(?![0-9A-Za-z]))?"
+    r"|[0-9]+(?:[eE][0-9]+(?![0-9A-Za-z]))?)"  # 2e-3 without a point is 2e - 3
     r"|\\(?P<command>[A-Za-z]+)|(?P<letters>[A-Za-z]+)"
     r"|(?P<op>\\[{}]|\\?%|\*\*|<=|>=|!=|[-+*/^_!'=<>(){}\[\],;:|&])"
 )
 LOOSE = re.compile(r"(?<=[0-9])\s*(?:,\s*\\!|\\!\s*,|\{\s*,\s*\})\s*(?=[0-9]{3})")
-GROUPED = re.compile(r"[0-9]{1,3}((?:,|\{,\}|\\,| )[0-9]{3})+(?![0-9])(\.[0-9]+)?")
+GROUPED = re.compile(r"[1-9][0-9]{0,2}((?:\{,\}|\\,| )[0-9]{3})+(?![0-9])(\.[0-9]+)?")
+COMMAS = re.compile(r"[0-9]+(?:,[0-9]+)+(\.[0-9]+)?")
 OPENING, CLOSING = ("(", "[", r"\{"), (")", "]", r"\}")
 
 
@@ -99,7 +106,8 @@ def tokens(text: str) -> list[tuple[str, str]]:
     """Return (kind, text) pairs; kinds: num, sym, cmd, unit, op, begin, end.
 
     Thousands are grouped here, as only here it is known whether a comma stands inside brackets,
-    where it separates: "1,234" is one number, "(1,234)" a pair, "1, 234" two numbers.
+    where it separates: "1,234" is one number, "(1,234)" a pair, "1, 234" two numbers, "1,2,345"
+    three.
 
     >>> tokens(r"1,234\\pi"), [text for _, text in tokens("(1,234)")]
     ([('num', '1234'), ('cmd', 'pi')], ['(', '1', ',', '234', ')'])
@@ -110,8 +118,13 @@ def tokens(text: str) -> list[tuple[str, str]]:
     text = LOOSE.sub("{,}", "".join(UNICODE.get(letter, letter) for letter in text))
     found, at, depth = [], 0, 0
     while at < len(text):
-        grouped = GROUPED.match(text, at)
-        if grouped and (depth == 0 or grouped[1][0] in "{\\"):
+        grouped = None
+        if found[-1:] not in ([("op", "_")], [("op", "^")]):
+            grouped = GROUPED.match(text, at)
+            if not grouped and depth == 0 and (grouped := COMMAS.match(text, at)):
+                whole = re.fullmatch(r"[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]+)?", grouped[0])
+                grouped = grouped if whole and text[at - 1 : at] != "," else None
+        if grouped:
             found.append(("num", re.sub(r"[^0-9.]", "", grouped[0])))
             at = grouped.end()
             continue
@@ -131,6 +144,8 @@ def read_token(match: re.Match) -> list[tuple[str, str]]:
     kind, text = match.lastgroup, match[0]
     if kind == "space":
         return []
+    if kind == "dollar":
+        return [("unit", "dollar")]
     if kind == "break":
         return [("op", r"\\")]
     if kind == "name":
@@ -157,11 +172,12 @@ def unit(words: str) -> str | None:
     >>> unit("square  inches"), unit("feet"), unit("or 6")
     ('in^2', 'ft', None)
     """
-    words = " ".join(words.lower().split()).removesuffix(".")
+    words = [word.removesuffix(".") for word in words.lower().split()]
+    words = " ".join(word[:-1] if len(word) > 3 and word[-1] == "s" else word for word in words)
     for prefix, power in (("square ", "^2"), ("sq ", "^2"), ("cubic ", "^3")):
         if words.startswith(prefix) and (name := unit(words.removeprefix(prefix))):
             return name + power
-    return UNITS.get(words) or (UNITS.get(words[:-1]) if words[3:].endswith("s") else None)
+    return UNITS.get(words)
 
 
 def read_words(words: str) -> list[tuple[str, str]]:
@@ -175,6 +191,8 @@ def read_words(words: str) -> list[tuple[str, str]]:
         return [("unit", name)]
     if plain in FUNCTIONS:
         return [("cmd", plain)]
+    if plain[:1].isdigit() and len(plain) > 1:  # "2 hours", "6 and 8"
+        return tokens(plain)
     if len(plain) == 1 or not plain:
         return read_letters(plain) if plain.isalpha() else tokens(plain)
     raise Unreadable(f"unknown words {plain[:40]!r}")
@@ -218,13 +236,18 @@ def bounded(x: Fraction) -> Fraction:
 def add(a, b):
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return bounded(a + b)
-    return b if a == 0 else a if b == 0 else ("add", a, b)
+    return b if a == 0 else a if b == 0 else flat("add", a, b)
 
 
 def mul(a, b):
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return bounded(a * b)
-    return b if a == 1 else a if b == 1 else ("mul", a, b)
+    return b if a == 1 else a if b == 1 else flat("mul", a, b)
+
+
+def flat(kind: str, a, b):
+    """Return the node of a sum or product: a long one is wide, not deep, to recurse into."""
+    return (kind, *(a[1:] if isinstance(a, tuple) and a[0] == kind else (a,)), b)
 
 
 def negative(a):
@@ -299,7 +322,7 @@ def number(text: str) -> Fraction:
 
 RELATIONS = {"=": "=", "~": "~", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "in": "in"}
 MATRICES = ("matrix", "pmatrix", "bmatrix", "array", "smallmatrix")
-SCALARS = ("sym", "const", "add", "mul", "pow", "fn", "pm")
+SCALARS = ("sym", "call", "const", "add", "mul", "pow", "fn", "pm")
 
 
 def kind(x) -> str:
@@ -424,26 +447,27 @@ class Parser:
         x = self.factor()
         while True:
             if self.take("*"):
-                x = mul(scalar(x), scalar(self.after_sign()))
+                x = times(x, self.after_sign())
             elif self.take("/"):
                 x = mul(scalar(x), power(scalar(self.after_sign()), Fraction(-1)))
             elif self.take("mod"):
                 x = modulo(x, self.factor())
             elif self.starts_factor():
-                x = mul(scalar(x), scalar(self.factor()))
+                x = times(x, self.factor())
             else:
                 return x
 
     def after_sign(self):
-        return negative(scalar(self.factor())) if self.take("-") else self.factor()
+        if not self.take("-"):
+            return self.factor()
+        return negative(scalar(self.factor()))
 
     def starts_factor(self) -> bool:
         """Is the next token a factor that is multiplied without a sign?"""
         kind, text = self.peek()
         if kind == "num":  # "2^6 3^5" and "(2) 3", but never "2 3"
-            return self.tokens[self.at - 2 : self.at - 1] == [("op", "^")] or self.tokens[
-                self.at - 1
-            ] in (("op", ")"), ("op", "}"))
+            power_before = self.tokens[max(self.at - 2, 0) : self.at - 1] == [("op", "^")]
+            return power_before or self.tokens[self.at - 1] in (("op", ")"), ("op", "}"))
         if kind == "cmd":
             return text in FUNCTIONS or text in PRIMARIES
         return kind == "sym" or (
@@ -462,13 +486,18 @@ class Parser:
                 else:
                     x = power(scalar(x), scalar(self.exponent()))
             elif self.take("!"):
+                if self.peek() == ("op", "!"):
+                    raise Unreadable("a double factorial")
                 x = factorial(scalar(x))
             elif self.take("%"):
                 x = ("percent", scalar(x))
             elif self.take("circ", kind="cmd"):
                 x = ("unit", scalar(x), "degree")
             elif self.take("'"):
-                x = ("fn", "prime", scalar(x))
+                primes = 1
+                while self.take("'"):
+                    primes += 1
+                x = ("fn", f"prime {primes}", scalar(x))
             elif self.peek()[0] == "unit":
                 x = ("unit", scalar(x), self.unit_name())
             else:
@@ -504,8 +533,10 @@ class Parser:
     def argument(self):
         """Read the argument of a command: {x}, or one token, of a number its first digit."""
         kind, text = self.peek()
-        if kind == "num" and text.isdigit() and len(text) > 1:
-            self.tokens[self.at] = ("num", text[1:])
+        if kind == "num":
+            if not text.isdigit():
+                raise Unreadable("a decimal as an argument, without braces")
+            self.tokens[self.at : self.at + 1] = [("num", text[1:])] * (len(text) > 1)
             return Fraction(int(text[0]))
         if self.take("{"):
             return self.bracketed("{")
@@ -542,7 +573,9 @@ class Parser:
         if kind == "num":
             return self.after_number(text)
         if kind == "sym":
-            return ("sym", text + self.subscript())
+            return self.symbol(text)
+        if kind == "unit" and text in CURRENCIES:
+            return ("unit", scalar(self.factor()), text)
         if kind == "begin":
             return self.matrix(text)
         if kind == "op" and text in ("(", "[", r"\{", "{"):
@@ -567,19 +600,19 @@ class Parser:
                 raise Unreadable("a base that is not an integer from 2 to 36")
             if int(max(text)) >= base:
                 raise Unreadable(f"{text[:40]} is not a number in base {base}")
-            return Fraction(int(text, int(base)))
+            return ("base", text.lstrip("0"), int(base))
         x = number(text)
         if x.denominator != 1:
             return x
         if self.peek() == ("cmd", "frac"):
-            start = self.at
+            start, before = self.at, list(self.tokens)
             self.at += 1
             top, bottom = self.argument(), self.argument()
             if isinstance(top, Fraction) and isinstance(bottom, Fraction) and 0 <= top < bottom:
                 return bounded(x + top / bottom)
             if isinstance(top, Fraction) and isinstance(bottom, Fraction):
                 raise Unreadable("a mixed number with an improper fraction")
-            self.at = start
+            self.at, self.tokens = start, before
         found = self.tokens[self.at : self.at + 3]
         if [kind for kind, _ in found] == ["num", "op", "num"] and found[1][1] == "/":
             top, bottom = number(found[0][1]), number(found[2][1])
@@ -588,6 +621,20 @@ class Parser:
             self.at += 3
             return x + top / bottom
         return x
+
+    def symbol(self, name: str):
+        """Read on after a letter: its subscript; or f(2), A(x), a function's value."""
+        after_digit = self.at > 1 and self.tokens[self.at - 2][0] == "num"
+        subscript = self.subscript()
+        if after_digit and name.isupper() and subscript.strip("_").isdigit():
+            raise Unreadable("a number whose digits go beyond 9")
+        found = self.tokens[self.at : self.at + 3]
+        if (name in "fgh" or name.isupper()) and len(found) == 3:
+            if [found[0], found[2]] == [("op", "("), ("op", ")")] and found[1][0] in ("num", "sym"):
+                self.at += 3
+                inside = found[1][1] if found[1][0] == "num" else ("sym", found[1][1])
+                return ("call", name, number(inside) if isinstance(inside, str) else inside)
+        return ("sym", name + subscript)
 
     def subscript(self) -> str:
         """Return what stands after _, as text, or nothing."""
@@ -635,8 +682,10 @@ class Parser:
             inside = self.factor()
             while self.starts_factor() and self.peek()[1] not in FUNCTIONS:
                 inside = mul(scalar(inside), scalar(self.factor()))
-        if size == -1 and name in ("sin", "cos", "tan"):
+        if size == -1 and name in ("sin", "cos", "tan", "cot"):
             name, size = "arc" + name, None
+        if isinstance(size, Fraction) and size < 0:
+            raise Unreadable(f"{name} to a negative power")
         if kind(inside) == "unit" and inside[2] == "degree" and name[:3] in TRIGONOMETRIC:
             inside = mul(inside[1], mul(("const", "pi"), Fraction(1, 180)))
         x = function(name, scalar(inside), base)
@@ -688,7 +737,7 @@ PRIMARIES = {
 
 
 def relate(sides: list, signs: list[str]):
-    """Return the node of "a = b", "a < b <= c", "x in S"; of a = b = c only its ends are kept."""
+    """Return the node of "a = b", "a < b <= c", "x in S"; of a = b = 5 only its ends are kept."""
     if not signs:
         return sides[0]
     if set(signs) <= {"=", "~"}:
@@ -696,6 +745,8 @@ def relate(sides: list, signs: list[str]):
             sides, signs = sides[:-1], signs[:-1]  # "x = 1/3 ~ 0.33" says 1/3, "x ~ 11" says 11
             if not signs:
                 return sides[0]
+        if len(sides) > 2 and has_symbol(sides[-1]):
+            return ("rel", ("=",) * len(signs), *sides)  # x = y = z
         return ("rel", ("=",), sides[0], sides[-1])
     if set(signs) <= {">", ">="}:
         sides, signs = sides[::-1], [sign.replace(">", "<") for sign in signs[::-1]]
@@ -719,7 +770,15 @@ def choose_sign(x, plus: str):
     parts = tuple(choose_sign(part, plus) for part in x)
     if all(new is old for new, old in zip(parts, x, strict=True)):
         return x
-    return {"add": add, "mul": mul, "pow": power}.get(x[0], lambda *rest: (x[0], *rest))(*parts[1:])
+    fold = {"add": add, "mul": mul, "pow": power}.get(x[0])
+    return functools.reduce(fold, parts[1:]) if fold else parts
+
+
+def times(x, y):
+    """Return x y; a mark on the last factor, as the unit in 5 sqrt 3 cm, is one of the product."""
+    if kind(y) in ("unit", "percent"):
+        return (y[0], mul(scalar(x), y[1]), *y[2:])
+    return mul(scalar(x), scalar(y))
 
 
 def absolute(x):
@@ -775,7 +834,7 @@ def same(a: str, b: str, timeout: float = 2.0) -> bool:
         return False
     half, decimal, other = (halves[0], x, y) if halves[1] is None else (halves[1], y, x)
     if isinstance(other, Fraction):
-        return abs(decimal - other) <= half
+        return other.denominator != 1 and abs(decimal - other) <= half
     return other[0] in SCALARS and algebra.ask("near", decimal, other, half, deadline)
 
 
@@ -809,14 +868,21 @@ def equal(x, y, deadline: float) -> bool:
         if kinds[0] == kinds[1]:
             return equal(x[1], y[1], deadline)
         marked, plain = (x, y) if kinds[0] == "percent" else (y, x)
+        if kind(plain) == "unit":
+            return False
         hundredth = mul(marked[1], Fraction(1, 100))
         return equal(marked[1], plain, deadline) or equal(hundredth, plain, deadline)
+    if "base" in kinds:  # the digits are the answer: 12_3 may be written 12, never 5
+        digits, other = (x[1], y) if kinds[0] == "base" else (y[1], x)
+        return isinstance(other, Fraction) and str(other) == digits
     if "unit" in kinds:
         if kinds[0] == kinds[1]:
             return x[2] == y[2] and equal(x[1], y[1], deadline)
         return equal(x[1] if kinds[0] == "unit" else x, y[1] if kinds[1] == "unit" else y, deadline)
     if set(kinds) <= {"list", "set"}:
-        return matched(drop_names(x)[1:], drop_names(y)[1:], deadline)
+        if not any(map(is_equation, x[1:])) or not any(map(is_equation, y[1:])):
+            x, y = drop_names(x), drop_names(y)
+        return matched(x[1:], y[1:], deadline)
     if kinds[0] != kinds[1] or (kinds[0] != "number" and len(x) != len(y)):
         return False
     if kinds[0] == "seq":
@@ -848,6 +914,8 @@ def matched(xs, ys, deadline) -> bool:
         )
 
     xs, ys = dict.fromkeys(xs), dict.fromkeys(ys)
+    if len(xs) != len(ys):  # as many, or "10, 0.1" would be 10 %
+        return False
     return all(found(x, ys) for x in xs) and all(found(y, xs) for y in ys)
 
 
@@ -870,17 +938,24 @@ def drop_names(x):
 
 
 def is_name(x) -> bool:
-    """Is it x, f(x), AB, AB/CD, |AB|, f', V_1 : V_2 or (x, y)? (Not -x, 1/x, x^2 or sin x.)"""
+    """Is it x, f(x), f', the segments AB, AB/CD or |AB|, V_1 : V_2, or (x, y)?
+
+    It is not -x, 1/x, x^2, xy or sin x, whose value is another thing than that of x.
+    """
     if isinstance(x, Fraction):
         return False
-    if x[0] == "mul" and kind(x[2]) == "number" and not isinstance(x[2], Fraction):
-        divisor = x[2][1] if x[2][0] == "pow" and x[2][2] == -1 else x[2]
-        return is_name(x[1]) and is_name(divisor)
+    if x[0] == "mul":
+        return len(x) == 3 and is_segment(x[1]) and x[2][:1] == ("pow",) and is_segment(x[2][1])
     if x[0] == "fn":
-        return x[1] in ("abs", "prime") and is_name(x[2])
+        return (x[1].startswith("prime") and is_name(x[2])) or (x[1] == "abs" and is_segment(x[2]))
     if x[0] in ("ratio", "seq"):
-        return all(is_name(part) for part in x[1:] if not isinstance(part, str))
-    return x[0] == "sym"
+        names = [part for part in x[1:] if not isinstance(part, str)]
+        return all(map(is_name, names)) and names == sorted(names)  # (y, x) = (1, 2) is not (1, 2)
+    return x[0] in ("sym", "call")
+
+
+def is_segment(x) -> bool:
+    return isinstance(x, tuple) and x[0] == "sym" and x[1][0].isupper()
 
 
 def has_symbol(x) -> bool:

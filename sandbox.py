@@ -28,8 +28,9 @@ it gets a process of its own, which has never held anything worth stealing:
                   has the caller's rights: to files, to the network, and to kill the guard, which
                   is then an "error".
 
-Memory is limited for each process, not for all processes of a program together. Tests and programs
-have the standard library only. Values may be nested some 300 deep.
+Memory is limited for each process, not for all processes of a program together; they are the first
+to go when the machine's runs out. Tests and programs have the standard library only; tests may call
+a program's classes, but neither compare nor catch its objects. Values may be nested some 300 deep.
 """
 
 import ast
@@ -92,7 +93,9 @@ def run(
             env={k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH") if k in os.environ},
             start_new_session=True,
         ).stdout
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:  # what a program can bring about must never be our error
+        return "timeout", "the program could not be cleared away in time"
+    except OSError as error:
         return "error", f"the guard failed: {brief(error)}"
     return tuple(json.loads(verdict)) if verdict else ("error", "the guard was lost")
 
@@ -315,8 +318,10 @@ def new_root():
     """Make a read-only root of the system's libraries and the interpreter, with a tmpfs in /tmp."""
     bind, recursive = 0x1000, 0x4000  # MS_BIND, MS_REC
     c_library("mount", None, b"/", None, recursive | 0x40000, None)  # MS_PRIVATE
-    root = "/proc"  # a directory that is surely there, and that nothing is taken from
-    c_library("mount", b"tmpfs", root.encode(), b"tmpfs", 0, b"mode=755")
+    outer = "/proc"  # a directory that is surely there, and that nothing is taken from
+    c_library("mount", b"tmpfs", outer.encode(), b"tmpfs", 0, b"mode=755")
+    root = f"{outer}/root"
+    os.mkdir(root)
     for path in filter(os.path.isdir, READ_ONLY):
         os.makedirs(root + path, exist_ok=True)
         c_library("mount", path.encode(), (root + path).encode(), None, bind | recursive, None)
@@ -326,11 +331,13 @@ def new_root():
         open(root + path, "w").close()
         c_library("mount", path.encode(), (root + path).encode(), None, bind, None)
     os.symlink("/tmp", f"{root}/dev/shm")  # for the semaphores of multiprocessing
-    os.chdir(root)
+    os.chdir(outer)
     c_library("pivot_root", b".", b".")
     c_library("umount2", b".", 2)  # MNT_DETACH
     attributes = (1 | 2).to_bytes(8, sys.byteorder) + bytes(24)  # MOUNT_ATTR_RDONLY, NOSUID
     c_library("syscall", 442, -100, b"/", 0x8000, attributes, 32)  # mount_setattr, AT_RECURSIVE
+    os.chroot("/root")  # whoever is in a chroot may not make user namespaces, nor mounts in them
+    os.chdir("/")
     options = f"size={FILES},nr_inodes=10000,mode=700".encode()
     c_library("mount", b"tmpfs", b"/tmp", b"tmpfs", 2 | 4, options)  # MS_NOSUID | MS_NODEV
 
@@ -367,6 +374,9 @@ def candidate(confine, deadline: float, directory: str, read: int, write: int):
     silence()
     os.setsid()
     user = os.getuid()
+    if sys.platform == "linux":
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")  # if memory runs out, it is this process and its children that go
     confine(directory)
     limit(AS=MEMORY, FSIZE=FILES, CORE=0, NOFILE=64, STACK=8 * 2**20)
     limit(CPU=int(max(0.0, deadline - time.monotonic())) + 2)
@@ -413,7 +423,7 @@ def judge(job: dict, peer) -> tuple[str, str]:
     names = {"__name__": "tests", CALL_IN_PLACE: call_in_place}
     try:
         exec(compile(job["prompt"], "<prompt>", "exec"), names)
-        tests, wanted = prepare(job["tests"], names, job["entry_point"])
+        tests, wanted, at_once = prepare(job["tests"], names, job["entry_point"])
     except Exception as error:
         return "error", f"the tests cannot be run: {brief(error)}"
     try:
@@ -435,13 +445,14 @@ def judge(job: dict, peer) -> tuple[str, str]:
         return "error" if ours else "wrong", where(error) + brief(error)
     if peer.lost:
         return "wrong", peer.lost  # in spite of tests that catch all errors
-    if peer.heard == heard and all(type(names.get(name)) is Remote for name in wanted):
+    data = {name for name in wanted if name in names and type(names[name]) is not Remote}
+    if peer.heard == heard and not data & at_once:  # as where they define functions, and call none
         return "error", "the tests have asked nothing of the program"
     return "right", ""
 
 
 def prepare(tests: str, names: dict, entry_point: str | None):
-    """Return the compiled tests, and the names that they take from the program.
+    """Return the compiled tests, the names that they take from the program, and those used at once.
 
     Builtins and standard modules are never the program's: `def abs` in it changes no test. Only
     where the tests call nothing else are they taken for the task's, which may be to write a `sum`.
@@ -473,7 +484,8 @@ def prepare(tests: str, names: dict, entry_point: str | None):
             call = node.value
             call.args.insert(0, call.func)
             call.func = ast.copy_location(ast.Name(CALL_IN_PLACE, ast.Load()), call.func)
-    return compile(tree, "<tests>", "exec"), wanted
+    at_once = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_referenced()}
+    return compile(tree, "<tests>", "exec"), wanted, at_once
 
 
 def call_in_place(function, *args, **kwargs):
@@ -507,6 +519,7 @@ PARTS = {  # the other types: how to take a value apart, and to make one of the 
     complex: (lambda value: [value.real, value.imag], lambda parts: complex(*parts)),
     bytes: (lambda value: [value.hex()], lambda parts: bytes.fromhex(*parts)),
     bytearray: (lambda value: [value.hex()], lambda parts: bytearray.fromhex(*parts)),
+    range: (lambda value: [value.start, value.stop, value.step], lambda parts: range(*parts)),
     list: (list.__iter__, list),
     tuple: (tuple.__iter__, tuple),
     set: (set.__iter__, set),

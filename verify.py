@@ -18,6 +18,7 @@ import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -93,12 +94,21 @@ def arithmetic(answer: str, gold: str, truncated: bool = False) -> Verdict:
 
 # --- mathematics ----------------------------------------------------------------------------------
 
-BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(\{)?")
 SEGMENT = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
 SEPARATORS = re.compile(r"(?:\s|[.,;]|\b(?:and|or)\b)*")
-PLAIN_WORDS = re.compile(r"[A-Za-z\s.,:;!?'’-]*")
-DENIAL = re.compile(r"\b(?:not|no|nor|never|cannot|or|and|either|except|wrong)\b|n['’]t\b", re.I)
+LEAD_IN = re.compile(  # the last words before the one formula of a sentence
+    r"(?:.*\b(?:is|are|that|answer|therefore|thus|hence|so|matrix)\s*:?|[^:]*:)?\s*", re.I | re.S
+)
+AFTER = re.compile(r"\s*(?:is the (?:answer|solution|result)\s*)?[.!]?\s*", re.I)
+PLAIN_WORDS = re.compile(r"[A-Za-z\s.,:;'’-]*")
+DENIAL = re.compile(
+    r"\b(?:not|no|nor|never|cannot|or|and|either|except|wrong|minus|negative|root|square|half|twice"
+    r"|least|most|than|about|approximately|roughly|nearly|other|far|opposite|inverse)\b|n['’]t\b",
+    re.I,
+)
 TEXT_ANSWER = re.compile(r"[A-Za-z][A-Za-z '’.,()-]*")
+STYLED_ANSWER = re.compile(r"[A-Za-z][A-Za-z0-9 '’.,()-]*")  # "June 20", in \text{} alone
 
 
 def math(answer: str, gold: str, timeout: float = 2.0, truncated: bool = False) -> Verdict:
@@ -109,7 +119,8 @@ def math(answer: str, gold: str, timeout: float = 2.0, truncated: bool = False) 
         box the text must *be* an answer, or plain words round one formula: "The sum is $5$.".
         Nothing is searched for in prose.
       gold: the right answer, in the same forms, for instance a solution of MATH.
-      timeout: seconds that sympy may take to prove two expressions equal.
+      timeout: seconds that sympy may take to prove two expressions equal; waiting for other
+        threads' questions does not count.
       truncated: the completion ran into the length limit: it earns 0, as in `arithmetic`.
 
     status is "unparsed" if the answer cannot be read, "timeout" if sympy did not decide in time
@@ -123,10 +134,9 @@ def math(answer: str, gold: str, timeout: float = 2.0, truncated: bool = False) 
                          stands for what it rounds: 0.333333333333 is 1/3
       fractions          need not be reduced: 2/4 is 1/2. 2\frac12 and 2 1/2 are mixed numbers
       thousands          1,234 and 1 234 are one number; (1,234) is a pair; 1, 234 are two numbers
-      units, degrees     those of latex.UNITS: may be missing on one side, must not differ
-      money              \$ and other signs of currency are dropped
-      names              "x = 5", "f(x) = 5", "x \in S": the name may be missing on one side; in a
-                         list only if all its names are the same
+      units, degrees     those of latex.UNITS, and \$: may be missing on one side, must not differ
+      names              "x = 5", "f(x) = 5", "AB = 5", "x \in S": the name may be missing on one
+                         side; in a list only if all its names are the same
       equations          equal up to a factor; so are inequalities, the factor being positive
       a = b = c          says c (or what stands before a sign of approximation)
       lists              1, 2 and {2, 1}: order and repetition are free, as in sets
@@ -135,9 +145,9 @@ def math(answer: str, gold: str, timeout: float = 2.0, truncated: bool = False) 
       a \pm b            is the list of both values
       odd roots          of negative numbers are real: \sqrt[3]{-8} is -2
       capitals           AB is one name, not A times B
-      text               whole words, compared without case from four letters on; \text{E} is E
+      text               whole words; case counts only in one or two letters; \text{E} is E
       e, i, \pi          are constants, other letters variables; \log has no base, \ln has e
-      12_3               is a number in base 3
+      12_3               may be written 12; it is never 5
 
     >>> math(r"So it is $\boxed{\frac{2}{4}}$.", "0.5").status, math("It is 5.", "5").status
     ('right', 'unparsed')
@@ -160,7 +170,7 @@ def math(answer: str, gold: str, timeout: float = 2.0, truncated: bool = False) 
         return Verdict(0, status, str(error))
     except algebra.TimedOut as error:
         return Verdict(0, "timeout", str(error))
-    except RuntimeError as error:
+    except algebra.WorkerDied as error:
         return Verdict(None, "error", str(error))
 
 
@@ -176,17 +186,18 @@ def final_answer(text: str) -> str:
     boxes = list(BOX.finditer(text))
     if not boxes:
         return bare(text)
-    contents = [balanced(text, box.end()) for box in boxes]
     line = text.rfind("\n", 0, boxes[-1].start()) + 1
-    if any(
-        box.start() >= line and content is not None and BOX.search(content) is None
-        and content.split() != (contents[-1] or "").split()
-        for box, content in zip(boxes, contents, strict=True)
-    ):  # fmt: skip
-        raise latex.Unreadable("two answers in one line")
-    if contents[-1] is None:
-        raise latex.Unreadable("a box that is not closed")
-    return clean(contents[-1])
+    last = [box for box in boxes if box.start() >= line]
+    if len(last) > 20:
+        raise latex.Unreadable("more than 20 boxes in one line")
+    found = [balanced(text, box.end()) if box[1] else None for box in last]
+    if found[-1] is None:
+        raise latex.Unreadable("a box without braces, or one that is not closed")
+    inner = text[last[-1].start() : last[-1].end()] + found[-1] + "}"
+    for content in found[:-1]:  # a box round the last box says the same as that
+        if content is None or content.split() not in (found[-1].split(), inner.split()):
+            raise latex.Unreadable("two answers in one line")
+    return clean(found[-1])
 
 
 def balanced(text: str, start: int) -> str | None:
@@ -200,20 +211,23 @@ def balanced(text: str, start: int) -> str | None:
 
 
 def bare(text: str) -> str:
-    """Return a text without a box as an answer: all of it, or the one formula among plain words."""
+    """Return a text without a box as an answer: all of it, or the one formula that it leads to."""
+    if len(text) > latex.MAX_CHARS:
+        raise latex.Unreadable(f"no box in more than {latex.MAX_CHARS} characters")
     segments = list(SEGMENT.finditer(text))
     outside = SEGMENT.sub(" ", text)
     if not segments or SEPARATORS.fullmatch(outside):
         return clean(SEGMENT.sub(lambda match: f" {match[0].strip('$')} ", text))
     before, after = text[: segments[0].start()], text[segments[-1].end() :]
-    if len(segments) > 1 or not PLAIN_WORDS.fullmatch(before) or DENIAL.search(outside):
-        raise latex.Unreadable("no box, and more than one formula among plain words")
+    lead_in = LEAD_IN.fullmatch(before) and PLAIN_WORDS.fullmatch(before)
+    if len(segments) > 1 or not lead_in or DENIAL.search(outside):
+        raise latex.Unreadable("no box, and not one formula that plain words lead to")
     formula = next(filter(None, segments[0].groups()))
     mark = after.strip(" .\n")
     if mark in ("%", r"\%") or latex.unit(mark):
         return clean(f"{formula} {mark}")
-    if not PLAIN_WORDS.fullmatch(after):
-        raise latex.Unreadable("no box, and more than one formula among plain words")
+    if not AFTER.fullmatch(after):
+        raise latex.Unreadable("no box, and more than a formula")
     return clean(formula)
 
 
@@ -226,17 +240,22 @@ def clean(text: str) -> str:
 def plain_text(text: str) -> str | None:
     r"""Return the words that an answer is, without \text{}; None if it is not made of words."""
     words = re.sub(rf"{latex.STYLED}\s*\{{([^{{}}]*)\}}", r"\1", text)
-    letters = re.sub("[0-9]", "", words) if words != text else words  # "June 20" in \\text{} alone
-    words = " ".join(words.replace("$", " ").split()).strip("() .")
-    return words if TEXT_ANSWER.fullmatch(letters.strip("() .$")) else None
+    form = STYLED_ANSWER if words != text else TEXT_ANSWER
+    words = " ".join(words.replace("$", " ").split()).strip(" .")
+    if re.fullmatch(r"\([A-Za-z]+\)", words):
+        words = words[1:-1]
+    return words if form.fullmatch(words) else None
 
 
 def same_text(a: str, b: str) -> bool:
-    """Return whether both answers are the same words; case counts in up to three letters."""
-    a, b = plain_text(a), plain_text(b)
-    if a is None or b is None:
+    r"""Return whether both answers are the same words. Case counts, but not in words of three and
+    more letters, nor where both are words and one is in \text{}: "Yes", "No".
+    """
+    x, y = plain_text(a), plain_text(b)
+    if x is None or y is None:
         return False
-    return a == b or (len(a) > 3 and a.lower() == b.lower())
+    words = re.search("[A-Za-z]{3}", x) or (len(x) > 1 and (r"\text" in a or r"\text" in b))
+    return x == y or (bool(words) and x.lower() == y.lower())
 
 
 # --- programs -------------------------------------------------------------------------------------
@@ -472,7 +491,11 @@ def load(path: str | os.PathLike) -> list[Problem]:
         if not isinstance(row, dict):
             raise ValueError(f"{place}: must be an object with fields, got {str(row)[:50]!r}")
         try:
-            found.append(problem_of(row))
+            problem = problem_of(row)
+            for field, value in zip(problem._fields, problem, strict=True):
+                if not isinstance(value, str) or (field in ("prompt", "gold") and not value):
+                    raise ValueError(f"the {field} must be a text, got {value!r:.50}")
+            found.append(problem)
         except (KeyError, TypeError, ValueError) as error:
             missing = f"missing field {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{place}: {missing}") from None
@@ -497,7 +520,8 @@ def rows_of(path: Path) -> Iterator[tuple[str, object]]:
                     except ValueError as error:
                         raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
                     yield f"{path}, line {number}", row
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, json.JSONDecodeError,
+            RecursionError) as error:  # fmt: skip
         raise ValueError(f"{path}: {error}") from None
 
 

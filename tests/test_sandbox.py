@@ -578,3 +578,45 @@ def test_mbpp_solutions_pass():
     rows = [(t["code"], "\n".join([t["test_setup_code"], *t["test_list"]]), {}) for t in tasks]
     failed = [t["task_id"] for t, v in zip(tasks, verdicts(rows), strict=True) if v.reward != 1]
     assert failed == []
+
+
+# --- what a program must not bring about ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["", "add = 5", ADD])
+def test_tests_that_never_run_pay_nobody(source):
+    tests = "def test():\n    assert add(2, 3) == 0"
+    assert verify.program(source, tests)[:2] == (None, "error")
+    assert status("x = 5", "assert x == 5") == "right"
+    assert status("x = 5", "def test():\n    assert x == 5\ntest()") == "error"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
+def test_a_program_makes_no_namespaces_of_its_own():
+    source = """
+        import ctypes
+        def f(flags):
+            return ctypes.CDLL(None).unshare(flags)
+    """
+    verdict = verify.program(textwrap.dedent(source), "assert f(0x10000000) == 0  # CLONE_NEWUSER")
+    if verdict.detail.endswith("namespaces"):
+        assert verdict.status == "wrong"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's out-of-memory killer")
+def test_a_program_is_the_first_to_go_when_memory_runs_out(monkeypatch):
+    refuse(monkeypatch, REFUSED["process only"])
+    source = "def f(): return open('/proc/self/oom_score_adj').read()"
+    assert status(source, "assert f() == '1000\\n'") == "right"
+
+
+def test_what_cannot_be_cleared_away_is_no_error_of_ours(monkeypatch):
+    monkeypatch.setattr(sandbox, "GRACE", -2.9)  # the caller loses its patience after 0.1 s
+    assert verify.program(ADD, TESTS, 3.0)[:2] == (0, "timeout")
+
+
+def test_a_range_is_a_value():
+    source = "def f(x): return range(len(x))"
+    assert (
+        status(source, "assert f(range(5)) == range(5)\nassert list(f('ab')) == [0, 1]") == "right"
+    )
