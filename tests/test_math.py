@@ -472,12 +472,15 @@ PIECES = st.sampled_from(
 @given(st.lists(PIECES, max_size=25).map("".join))
 def test_random_text_is_judged_in_time(text):
     worker = algebra.worker(os.getpid())
-    asked = worker.questions
-    start = time.monotonic()
-    verdict = verify.math(text, "7", timeout=1.0)
-    seconds = time.monotonic() - start
-    assert verdict.reward in (0, 1) and verdict.status != "error"
-    assert seconds < (0.05 if worker.questions == asked else 4.0)
+    took = []
+    for _ in range(2):  # the machine may pause; a slow text is slow twice
+        asked, start = worker.questions, time.monotonic()
+        verdict = verify.math(text, "7", timeout=1.0)
+        took.append(time.monotonic() - start)
+        assert verdict.reward in (0, 1) and verdict.status != "error"
+        if took[-1] < 0.05:
+            break
+    assert min(took) < (0.05 if worker.questions == asked else 4.0)
     if verdict.reward == 0:
         for junk in (" or 7", r" \text{ or } 7", ", 7", " is 7", " (maybe 7)", "!?", r"\boxed{8}"):
             assert verify.math(text + junk, "7", timeout=1.0).reward == 0, "junk made it right"

@@ -611,8 +611,9 @@ def test_a_program_is_the_first_to_go_when_memory_runs_out(monkeypatch):
 
 
 def test_what_cannot_be_cleared_away_is_no_error_of_ours(monkeypatch):
-    monkeypatch.setattr(sandbox, "GRACE", -2.9)  # the caller loses its patience after 0.1 s
-    assert verify.program(ADD, TESTS, 3.0)[:2] == (0, "timeout")
+    monkeypatch.setattr(sandbox, "GRACE", -2.5)  # the caller loses its patience after 0.5 s
+    slow = "import time\ntime.sleep(1)\n" + ADD
+    assert verify.program(slow, TESTS, 3.0)[:2] == (0, "timeout")
 
 
 def test_a_range_is_a_value():
