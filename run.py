@@ -146,7 +146,7 @@ def schedule(c: Config) -> list[Phase]:
     """Return the phases of a run. The last is named after the method, and its weights selected.
 
     >>> [(p.name, p.steps) for p in schedule(Config(rounds=2, stage1_steps=3, stage2_steps=4))]
-    [('base', 1800), ('stage1-1', 1), ('stage2-1', 2), ('stage1-2', 2), ('score', 2)]
+    [('base', 1500), ('stage1-1', 1), ('stage2-1', 2), ('stage1-2', 2), ('score', 2)]
     """
     base = Phase("base", "sft", c.sft_steps)
     if c.method == "multi_turn":  # eq. 4 without the bonus, as many steps as both stages have

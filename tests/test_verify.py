@@ -99,7 +99,7 @@ def test_problems_are_well_formed_and_reproducible(digits, seed):
         verify.problems(5, "train", np.random.default_rng(seed), digits) for _ in range(2)
     )
     assert first == again
-    for prompt, gold in first:
+    for prompt, gold, *_ in first:
         a, b = prompt.removesuffix("=").split("+")
         assert len(a) == len(b) == digits
         assert int(a) + int(b) == int(gold)
@@ -110,7 +110,7 @@ def test_carries_run_far():
     problems = verify.problems(4000, "train", np.random.default_rng(0), digits=5)
     nines = [
         int(x) + int(y) == 9
-        for prompt, _ in problems
+        for prompt, *_ in problems
         for x, y in zip(*prompt.removesuffix("=").split("+"), strict=True)
     ]
     assert abs(np.mean(nines) - 0.55) < 5 * (0.55 * 0.45 / len(nines)) ** 0.5
