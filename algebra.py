@@ -19,6 +19,8 @@ import threading
 import time
 from fractions import Fraction
 
+REPLIES = (False, True, "positive", "negative")  # of the worker, by number
+
 
 class TimedOut(Exception):
     """sympy was still busy when the time was up."""
@@ -83,9 +85,6 @@ class Worker:
                 if time.monotonic() - started >= 0.9 * seconds:
                     raise TimedOut(f"sympy took more than {seconds:.1f} s")
         raise WorkerDied("sympy's process died twice")
-
-
-REPLIES = (False, True, "positive", "negative")
 
 
 @functools.cache

@@ -64,7 +64,7 @@ SAME_COMMAND = {
     "cdot": "*", "times": "*", "ast": "*", "div": "/", "bmod": "mod", "lvert": "|", "rvert": "|",
     "vert": "|", "mid": "|", "colon": ":", "lbrace": r"\{", "rbrace": r"\}",
     "varnothing": "emptyset",
-    "land": "and", "lor": "and", "lbrack": "[", "rbrack": "]", "langle": "(", "rangle": ")",
+    "lor": "and", "lbrack": "[", "rbrack": "]", "langle": "(", "rangle": ")",
     "degree": "circ", "bigcup": "cup",
 }  # fmt: skip
 IGNORED = set(
@@ -84,7 +84,7 @@ UNITS = {
     "degree": "degree", "deg": "degree", "radian": "rad", "liter": "l", "gallon": "gal",
     "people": "people", "person": "people", "student": "student", "way": "way", "time": "time",
     "point": "point", "side": "side", "euro": "euro", "sterling": "sterling",
-     "mL": "ml", "ml": "ml", "square": "square", "coin": "coin",
+    "mL": "ml", "ml": "ml", "square": "square", "coin": "coin",
 }  # fmt: skip
 
 TOKEN = re.compile(
@@ -320,7 +320,7 @@ def number(text: str) -> Fraction:
 
 # --- the parser -----------------------------------------------------------------------------------
 
-RELATIONS = {"=": "=", "~": "~", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "in": "in"}
+RELATIONS = ("=", "~", "<", ">", "<=", ">=", "!=", "in")
 MATRICES = ("matrix", "pmatrix", "bmatrix", "array", "smallmatrix")
 SCALARS = ("sym", "call", "const", "add", "mul", "pow", "fn", "pm")
 

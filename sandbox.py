@@ -478,7 +478,7 @@ def prepare(tests: str, names: dict, entry_point: str | None):
         names[name] = __import__(name)
     wanted = free - names.keys() | used & {entry_point} or used & called - names.keys()
     if not wanted:
-        raise ValueError("they use nothing of the program")
+        raise ValueError("they use nothing of the program (`check` needs an entry_point)")
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and node.value in calls:
             call = node.value
@@ -666,5 +666,7 @@ def their_error(name: str, text: str) -> Exception:
     if not (isinstance(kind, type) and issubclass(kind, Exception)):
         kind = RuntimeError  # SystemExit and the like
     error = kind.__new__(kind, text)  # some cannot be initialised with only a text
+    if isinstance(error, SyntaxError):
+        error.msg = text
     error.of_program = True
     return error

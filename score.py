@@ -378,7 +378,7 @@ def train(run: Run, stop: threading.Event) -> bool:
 def train_phase(run: Run, phase: Phase, log: BinaryIO, stop: threading.Event) -> bool:
     """Take the steps of a phase that are left; log, show and save. Return False if stopped."""
     p, c = run.progress, run.config
-    clock = time.monotonic() - p.seconds
+    clock, shown = time.monotonic() - p.seconds, (p.step, p.seconds)
     if phase.objective != "sft":
         check_sampler(run.policy, c)
     while p.step < phase.steps and not enough(run, phase):
@@ -394,7 +394,9 @@ def train_phase(run: Run, phase: Phase, log: BinaryIO, stop: threading.Event) ->
         p.log_bytes += len(line)
         p.seconds = time.monotonic() - clock
         if p.step % BLOCK == 0 or p.step == phase.steps:
-            show_progress(run, phase, row)
+            pace = (p.seconds - shown[1]) / (p.step - shown[0])
+            shown = p.step, p.seconds
+            show_progress(run, phase, row, pace)
         stopping = stop.is_set()  # asked once: a signal may come at any moment
         if stopping or p.step % c.save_every == 0:
             os.fsync(log.fileno())  # the log is never shorter than a checkpoint says
@@ -461,25 +463,26 @@ def finish_phase(run: Run, phase: Phase) -> None:
     run.progress = Progress(phase=p.phase + 1, beta2=p.beta2, log_bytes=p.log_bytes)
 
 
-def show_progress(run: Run, phase: Phase, row: dict) -> None:
-    """Print one line: where the run is, how well its samples do, and the time left."""
-    p, phases = run.progress, schedule(run.config)
+RL_COST = 4.0  # seconds of a reinforcement step for one of a supervised step, before it is measured
+
+
+def show_progress(run: Run, phase: Phase, row: dict, pace: float) -> None:
+    """Print one line: where the run is, how well its samples do, the time left at this pace (s)."""
+    p, c = run.progress, run.config
     cost = {"sft": 1.0, "stage1": RL_COST, "stage2": RL_COST}
     left = (phase.steps - p.step) * cost[phase.objective]
-    left += sum(later.steps * cost[later.objective] for later in phases[p.phase + 1 :])
-    left *= p.seconds / (p.step * cost[phase.objective])
+    left += sum(later.steps * cost[later.objective] for later in schedule(c)[p.phase + 1 :])
+    left *= pace / cost[phase.objective]
     line = f"{phase.name:>10} {p.step:>5}/{phase.steps}  "
     if phase.objective == "sft":
-        line += f"loss {row['loss']:.4f}" + 42 * " "
+        kind = "right" if p.step <= c.clean * c.sft_steps else "mixed"
+        line += f"loss {row['loss']:.4f} on {kind} revisions" + 29 * " "
     else:
         line += (
-            f"t1 {100 * row['acc_t1']:5.1f} %  t2 {100 * row['acc_t2']:5.1f} %  "
+            f"samples t1 {100 * row['acc_t1']:5.1f} %  t2 {100 * row['acc_t2']:5.1f} %  "
             f"delta {100 * row['delta']:+6.1f}  KL1 {row['kl1']:.3f}  KL2 {row['kl2']:.3f}"
         )
     print(f"{line}  {left // 60:3.0f}m{left % 60:02.0f}s left", flush=True)
-
-
-RL_COST = 4.0  # seconds of a reinforcement step for one of a supervised step, before it is measured
 
 
 # --- command line ---------------------------------------------------------------------------------

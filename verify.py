@@ -167,7 +167,7 @@ def math(answer: str, gold: str, timeout: float = 2.0, truncated: bool = False) 
         return Verdict(0, "wrong")
     except latex.Unreadable as error:
         status = "unparsed" if plain_text(answer) is None else "wrong"
-        return Verdict(0, status, str(error))
+        return Verdict(0, status, f"{error}{'' if BOX.search(answer) else '; no box in the text'}")
     except algebra.TimedOut as error:
         return Verdict(0, "timeout", str(error))
     except algebra.WorkerDied as error:
@@ -491,14 +491,12 @@ def load(path: str | os.PathLike) -> list[Problem]:
         if not isinstance(row, dict):
             raise ValueError(f"{place}: must be an object with fields, got {str(row)[:50]!r}")
         try:
-            problem = problem_of(row)
-            for field, value in zip(problem._fields, problem, strict=True):
-                if not isinstance(value, str) or (field in ("prompt", "gold") and not value):
-                    raise ValueError(f"the {field} must be a text, got {value!r:.50}")
-            found.append(problem)
+            found.append(problem_of(row))
         except (KeyError, TypeError, ValueError) as error:
             missing = f"missing field {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"{place}: {missing}") from None
+    if not found:
+        raise ValueError(f"{path} holds no problem")
     return found
 
 
@@ -506,7 +504,7 @@ def rows_of(path: Path) -> Iterator[tuple[str, object]]:
     """Yield (place, row) of a JSON or JSON-lines file."""
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
+        with opened(path, "rt", encoding="utf-8-sig") as file:
             if path.name.removesuffix(".gz").endswith(".json"):
                 rows = json.load(file)
                 if not isinstance(rows, list):
@@ -527,20 +525,32 @@ def rows_of(path: Path) -> Iterator[tuple[str, object]]:
 
 def problem_of(row: dict) -> Problem:
     """Return the problem of a row, told by its fields."""
+
+    def text(name: str) -> str:
+        if not isinstance(row[name], str) or not row[name].strip():
+            raise ValueError(f"field {name!r} must be a text, got {row[name]!r:.50}")
+        return row[name]
+
     if "problem" in row:
-        gold = row["answer"] if "answer" in row else row["solution"]
-        if "answer" not in row and not BOX.search(gold):
+        if "answer" in row:
+            return Problem(text("problem"), text("answer"), "math")
+        if not BOX.search(text("solution")):
             raise ValueError("field 'solution' holds no \\boxed{}")
-        return Problem(row["problem"], gold if "answer" in row else final_answer(gold), "math")
+        return Problem(text("problem"), final_answer(text("solution")), "math")
     if "question" in row:
-        gold = gsm8k_answer(row["answer"])
+        gold = gsm8k_answer(text("answer"))
         if gold is None:
             raise ValueError("field 'answer' must end in '#### ' and a number")
-        return Problem(row["question"], gold, "math")
+        return Problem(text("question"), gold, "math")
     if "entry_point" in row:
-        return Problem(row["prompt"], row["test"], "program", row["entry_point"])
+        return Problem(text("prompt"), text("test"), "program", text("entry_point"))
     if "test_list" in row:
         setup = [row.get("test_setup_code") or "", *row.get("test_imports", [])]
-        tests = "\n".join([line for line in setup if line] + row["test_list"])
-        return Problem(row["text"] if "text" in row else row["prompt"], tests, "program")
-    raise KeyError("'problem', 'question', 'entry_point' or 'test_list'")
+        lines = row["test_list"]
+        if not isinstance(lines, list) or not lines or not all(isinstance(x, str) for x in lines):
+            raise ValueError(f"field 'test_list' must be a list of texts, got {lines!r:.50}")
+        tests = "\n".join([line for line in setup if line] + lines)
+        return Problem(text("text" if "text" in row else "prompt"), tests, "program")
+    raise ValueError(
+        "none of the fields 'problem', 'question', 'entry_point', 'test_list' is there"
+    )

@@ -56,7 +56,8 @@ def pairs(prose=False):
         if prose == (row["kind"] == "completion" and not row["boxed"]):
 
             def accepted(row=row):
-                return int(verify.math(row["answer"], row["gold"]).reward == 1)
+                verdict = verify.math(row["answer"], row["gold"])
+                return verdict._replace(reward=int(verdict.reward == 1))
 
             yield row["id"], int(row["equal"]), accepted
 
@@ -78,7 +79,12 @@ def math_verify(judged):
 
     for name, due, _ in judged:
         row = texts[name]
-        yield name, due, lambda row=row: int(same(read(row["gold"], row), read(row["answer"], row)))
+
+        def accepted(row=row):
+            equal = same(read(row["gold"], row), read(row["answer"], row))
+            return verify.Verdict(int(equal), "right" if equal else "wrong")
+
+        yield name, due, accepted
 
 
 def pairs_math_verify():
@@ -92,11 +98,11 @@ def prose_math_verify():
 def gsm8k():
     for problem in verify.load(SHARED / "data" / "gsm8k" / "test.jsonl"):
         text = f"So \\$3 it is.\n\\boxed{{{problem.gold}}}"
-        yield problem.prompt, 1, lambda text=text, gold=problem.gold: verify.math(text, gold).reward
+        yield problem.prompt, 1, lambda text=text, gold=problem.gold: verify.math(text, gold)
 
 
 def program(source: str, tests: str, **task):
-    return lambda: verify.program(source, tests, 10.0, **task).reward
+    return lambda: verify.program(source, tests, 10.0, **task)
 
 
 def humaneval(file="HumanEval.jsonl.gz", body=None, due=1):
@@ -156,8 +162,8 @@ def cpu_seconds() -> float:
 
 def timed(case):
     start = time.perf_counter()
-    reward = case[2]()
-    return reward, 1000 * (time.perf_counter() - start)
+    verdict = case[2]()
+    return verdict, 1000 * (time.perf_counter() - start)
 
 
 def measure(columns: list[list], threads: int) -> list[dict]:
@@ -174,19 +180,19 @@ def measure(columns: list[list], threads: int) -> list[dict]:
     for cases, results in zip(columns, zip(*turns, strict=True), strict=True):
         took = sorted(milliseconds for _, milliseconds in results)
         wrong = [
-            (name, due)
-            for (name, due, _), (reward, _) in zip(cases, results, strict=True)
-            if reward != due
+            (name, due, verdict)
+            for (name, due, _), (verdict, _) in zip(cases, results, strict=True)
+            if verdict.reward != due
         ]
         found.append(
             {
                 "n": len(cases),
                 "as_due": len(cases) - len(wrong),
-                "accepted_wrongly": sum(due == 0 for _, due in wrong),
+                "accepted_wrongly": sum(due == 0 for _, due, _ in wrong),
                 "median_ms": round(statistics.median(took), 2),
-                "p95_ms": round(took[int(0.95 * len(took))], 1),
+                "p95_ms": round(took[int(0.95 * len(took))], 2),
                 "per_second_a_core": round(rate, 1) if len(columns) == 1 else None,
-                "not_as_due": [name for name, _ in wrong],
+                "not_as_due": {str(name): f"{v.status}: {v.detail}" for name, _, v in wrong},
             }
         )
     return found
@@ -206,7 +212,7 @@ def table(results: dict) -> str:
             share = 100 * m["as_due"] / m["n"]
             lines.append(
                 f"| {title} | {verifier} | {m['n']} | {m['as_due']} ({share:.1f} %) | "
-                f"{m['accepted_wrongly']} | {m['median_ms']:.1f}, {m['p95_ms']:.0f} | {rate} |"
+                f"{m['accepted_wrongly']} | {m['median_ms']:.2g}, {m['p95_ms']:.2g} | {rate} |"
             )
     lines += ["", f"({results['machine']}; commit {results['commit']})"]
     return "\n".join(lines)

@@ -44,15 +44,16 @@ def train(method: str, seed: int, folder: Path, options: list[str]) -> dict:
     return json.loads(record.read_text())
 
 
-def per_cent(runs: list[dict], phase: str, key: str) -> list[float]:
-    return [100 * run["phases"][phase][key] for run in runs]
+def per_cent(runs: list[dict], phase: str, key: str, sampled: bool = False) -> list[float]:
+    found = [run["phases"][phase] for run in runs]
+    return [100 * (metrics["sampled"] if sampled else metrics)[key] for metrics in found]
 
 
-def mean_row(title: str, runs: list[dict], phase: str) -> str:
+def mean_row(title: str, runs: list[dict], phase: str, sampled: bool = False) -> str:
     """Return a table row of means over seeds, with the standard error of the mean."""
     cells = []
     for key in ("acc_t1", "acc_t2", "delta", "delta_i_to_c", "delta_c_to_i"):
-        x, sign = per_cent(runs, phase, key), "+" if key == "delta" else ""
+        x, sign = per_cent(runs, phase, key, sampled), "+" if key == "delta" else ""
         mean = sum(x) / len(x)
         error = (sum((v - mean) ** 2 for v in x) / (len(x) - 1) / len(x)) ** 0.5
         cells.append(f"{mean:{sign}.1f} ± {error:.1f}")
@@ -80,13 +81,24 @@ def tables(runs: list[dict]) -> str:
     """Return README's tables: means, seeds, the cost of the first command, and the claims."""
     score, multi_turn = ([r for r in runs if r["method"] == method] for method in METHODS)
     seconds = sorted(r["wall_seconds"] for r in score if r["wall_seconds"]) or [float("nan")]
+
+    def mean_rows(sampled):
+        return [
+            "| | Acc@t1 | Acc@t2 | Δ(t1,t2) | Δ i→c | Δ c→i |",
+            "|---|---|---|---|---|---|",
+            mean_row("base", score, "base", sampled),
+            mean_row("Stage I", score, "stage1", sampled),
+            mean_row("**SCoRe**", score, "score", sampled),
+            mean_row("multi-turn RL", multi_turn, "multi_turn", sampled),
+            "",
+        ]
+
     lines = [
-        "| | Acc@t1 | Acc@t2 | Δ(t1,t2) | Δ i→c | Δ c→i |",
-        "|---|---|---|---|---|---|",
-        mean_row("base", score, "base"),
-        mean_row("Stage I", score, "stage1"),
-        mean_row("**SCoRe**", score, "score"),
-        mean_row("multi-turn RL", multi_turn, "multi_turn"),
+        *mean_rows(sampled=False),
+        "The same, sampled at temperature 1, as in training:",
+        "",
+        *mean_rows(sampled=True),
+        "Greedy, seed by seed:",
         "",
         "| seed | base t1 / t2 | Stage I t1 / t2 | SCoRe t1 / t2 | SCoRe Δ [95 %] | SCoRe Δ c→i "
         "| multi-turn t1 / t2 | multi-turn Δ |",
