@@ -71,7 +71,9 @@ IGNORED = set(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr quad qquad displaystyle textstyle limits "
     "nolimits mathopen mathclose angle triangle vec overrightarrow".split()
 )
-STYLED = r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|operatorname\*?)"
+STYLED = (
+    r"\\(?:text|mathbb|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mbox|operatorname\*?)"
+)
 UNITS = {
     "unit": "units", "square unit": "units^2", "sq unit": "units^2", "cubic unit": "units^3",
     "mm": "mm", "cm": "cm", "m": "m", "km": "km", "meter": "m", "metre": "m", "centimeter": "cm",
@@ -114,7 +116,7 @@ def tokens(text: str) -> list[tuple[str, str]]:
     """
     if len(text) > MAX_CHARS:
         raise Unreadable(f"longer than {MAX_CHARS} characters")
-    text = re.sub(r"√\s*([0-9]+)", r"\\sqrt{\1}", text).replace("√", r"\sqrt ")
+    text = re.sub(r"√\s*([0-9]+)", r"\\sqrt{\1}", text.replace("^°", "°")).replace("√", r"\sqrt ")
     text = LOOSE.sub("{,}", "".join(UNICODE.get(letter, letter) for letter in text))
     found, at, depth = [], 0, 0
     while at < len(text):
@@ -131,9 +133,9 @@ def tokens(text: str) -> list[tuple[str, str]]:
         match = TOKEN.match(text, at)
         if not match:
             raise Unreadable(f"unknown character {text[at]!r}")
-        found += read_token(match)
-        depth += (match[0] in OPENING) - (match[0] in CLOSING)
-        at = match.end()
+        new = read_token(match)
+        depth += sum((text in OPENING) - (text in CLOSING) for kind, text in new if kind == "op")
+        found, at = found + new, match.end()
     if len(found) > MAX_TOKENS:
         raise Unreadable(f"more than {MAX_TOKENS} tokens")
     return found
@@ -475,8 +477,10 @@ class Parser:
         )
 
     def factor(self):
-        x, raised = self.primary(), False
+        x, raised, start = self.primary(), False, self.at
         while True:
+            if self.at - start > 12 and self.peek()[1] in ("!", "'"):  # they nest without brackets
+                raise Unreadable("too many signs after a factor")
             if self.take("^"):
                 if raised:
                     raise Unreadable("two exponents in a row")
@@ -629,7 +633,7 @@ class Parser:
         if after_digit and name.isupper() and subscript.strip("_").isdigit():
             raise Unreadable("a number whose digits go beyond 9")
         found = self.tokens[self.at : self.at + 3]
-        if (name in "fgh" or name.isupper()) and len(found) == 3:
+        if (name in "fghpq" or name.isupper()) and len(found) == 3:
             if [found[0], found[2]] == [("op", "("), ("op", ")")] and found[1][0] in ("num", "sym"):
                 self.at += 3
                 inside = found[1][1] if found[1][0] == "num" else ("sym", found[1][1])
@@ -874,7 +878,7 @@ def equal(x, y, deadline: float) -> bool:
         return equal(marked[1], plain, deadline) or equal(hundredth, plain, deadline)
     if "base" in kinds:  # the digits are the answer: 12_3 may be written 12, never 5
         digits, other = (x[1], y) if kinds[0] == "base" else (y[1], x)
-        return isinstance(other, Fraction) and str(other) == digits
+        return digits.isdigit() and len(digits) < 1000 and other == Fraction(digits)
     if "unit" in kinds:
         if kinds[0] == kinds[1]:
             return x[2] == y[2] and equal(x[1], y[1], deadline)
@@ -945,12 +949,14 @@ def is_name(x) -> bool:
     if isinstance(x, Fraction):
         return False
     if x[0] == "mul":
-        return len(x) == 3 and is_segment(x[1]) and x[2][:1] == ("pow",) and is_segment(x[2][1])
+        top, bottom = x[1], x[2] if len(x) == 3 and isinstance(x[2], tuple) else ("",)
+        return is_segment(top) and bottom[0] == "pow" and is_segment(bottom[1]) and bottom[2] == -1
     if x[0] == "fn":
         return (x[1].startswith("prime") and is_name(x[2])) or (x[1] == "abs" and is_segment(x[2]))
     if x[0] in ("ratio", "seq"):
-        names = [part for part in x[1:] if not isinstance(part, str)]
-        return all(map(is_name, names)) and names == sorted(names)  # (y, x) = (1, 2) is not (1, 2)
+        names = [part for part in x[1:] if not isinstance(part, str)]  # without the brackets
+        in_order = names == sorted(names, key=repr)  # (y, x) = (1, 2) does not say (1, 2)
+        return len(names) > 1 and in_order and all(map(is_name, names))
     return x[0] in ("sym", "call")
 
 

@@ -326,7 +326,7 @@ def new_root():
         os.makedirs(root + path, exist_ok=True)
         c_library("mount", path.encode(), (root + path).encode(), None, bind | recursive, None)
     for path in ("/tmp", "/dev"):
-        os.mkdir(root + path)
+        os.makedirs(root + path, exist_ok=True)
     for path in ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"):
         open(root + path, "w").close()
         c_library("mount", path.encode(), (root + path).encode(), None, bind, None)
@@ -374,9 +374,11 @@ def candidate(confine, deadline: float, directory: str, read: int, write: int):
     silence()
     os.setsid()
     user = os.getuid()
-    if sys.platform == "linux":
+    try:
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")  # if memory runs out, it is this process and its children that go
+    except OSError:
+        pass
     confine(directory)
     limit(AS=MEMORY, FSIZE=FILES, CORE=0, NOFILE=64, STACK=8 * 2**20)
     limit(CPU=int(max(0.0, deadline - time.monotonic())) + 2)
@@ -423,7 +425,7 @@ def judge(job: dict, peer) -> tuple[str, str]:
     names = {"__name__": "tests", CALL_IN_PLACE: call_in_place}
     try:
         exec(compile(job["prompt"], "<prompt>", "exec"), names)
-        tests, wanted, at_once = prepare(job["tests"], names, job["entry_point"])
+        tests, wanted, called, at_once = prepare(job["tests"], names, job["entry_point"])
     except Exception as error:
         return "error", f"the tests cannot be run: {brief(error)}"
     try:
@@ -437,7 +439,10 @@ def judge(job: dict, peer) -> tuple[str, str]:
             try:
                 names[name] = getattr(Remote(peer, 0), name)
             except AttributeError:
-                pass  # a NameError when it is used
+                pass
+        undefined = {name for name in called if not callable(names.get(name))}
+        if undefined:  # said here: tests that catch every error would have asked for nothing
+            return "wrong", f"the program does not define {', '.join(sorted(undefined))}"
         heard = peer.heard
         exec(tests, names)
     except BaseException as error:
@@ -452,7 +457,8 @@ def judge(job: dict, peer) -> tuple[str, str]:
 
 
 def prepare(tests: str, names: dict, entry_point: str | None):
-    """Return the compiled tests, the names that they take from the program, and those used at once.
+    """Return the compiled tests, the names that they take from the program, which of these they
+    call, and which names they use at once.
 
     Builtins and standard modules are never the program's: `def abs` in it changes no test. Only
     where the tests call nothing else are they taken for the task's, which may be to write a `sum`.
@@ -485,7 +491,7 @@ def prepare(tests: str, names: dict, entry_point: str | None):
             call.args.insert(0, call.func)
             call.func = ast.copy_location(ast.Name(CALL_IN_PLACE, ast.Load()), call.func)
     at_once = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_referenced()}
-    return compile(tree, "<tests>", "exec"), wanted, at_once
+    return compile(tree, "<tests>", "exec"), wanted, wanted & called, at_once
 
 
 def call_in_place(function, *args, **kwargs):

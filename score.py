@@ -289,7 +289,9 @@ def rl_step(run: Run, phase: Phase) -> dict:
     reward1_B, reward2_B = grade(r, problems)
     keep_B = all_judged(reward1_B + reward2_B, c.group)
     r, reward1_B, reward2_B = r.rows(keep_B), reward1_B[keep_B], reward2_B[keep_B]
-    B = len(reward1_B)
+    B, own_B = len(reward1_B), ~r.offline1_B
+    if not own_B.any():
+        raise RuntimeError("no verdict on any problem whose first attempt is the policy's own")
 
     run.optimizer.zero_grad()
     rows = c.micro_batch or c.batch
@@ -312,7 +314,6 @@ def rl_step(run: Run, phase: Phase) -> dict:
         kl1, kl2 = kl1 + kl1_B.sum().item(), kl2 + kl2_B.sum().item()
     grad_norm = descend(run)
 
-    own_B = ~r.offline1_B
     acc_t1, acc_t2 = reward1_B[own_B].mean().item(), reward2_B[own_B].mean().item()
     kl1, kl2 = kl1 / int(own_B.sum()), kl2 / B
     log = dict(

@@ -96,7 +96,8 @@ def arithmetic(answer: str, gold: str, truncated: bool = False) -> Verdict:
 
 BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(\{)?")
 SEGMENT = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
-SEPARATORS = re.compile(r"(?:\s|[.,;]|\b(?:and|or)\b)*")
+SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b")
+SEPARATORS = re.compile(rf"(?:\s|\.|{SEPARATOR.pattern})*")
 LEAD_IN = re.compile(  # the last words before the one formula of a sentence
     r"(?:.*\b(?:is|are|that|answer|therefore|thus|hence|so|matrix)\s*:?|[^:]*:)?\s*", re.I | re.S
 )
@@ -104,7 +105,7 @@ AFTER = re.compile(r"\s*(?:is the (?:answer|solution|result)\s*)?[.!]?\s*", re.I
 PLAIN_WORDS = re.compile(r"[A-Za-z\s.,:;'’-]*")
 DENIAL = re.compile(
     r"\b(?:not|no|nor|never|cannot|or|and|either|except|wrong|minus|negative|root|square|half|twice"
-    r"|least|most|than|about|approximately|roughly|nearly|other|far|opposite|inverse)\b|n['’]t\b",
+    r"|false|mistake|incorrect|untrue|least|most|than|about|approximately|roughly|nearly|other|far|opposite|inverse)\b|n['’]t\b",
     re.I,
 )
 TEXT_ANSWER = re.compile(r"[A-Za-z][A-Za-z '’.,()-]*")
@@ -145,7 +146,7 @@ def math(answer: str, gold: str, timeout: float = 2.0, truncated: bool = False) 
       a \pm b            is the list of both values
       odd roots          of negative numbers are real: \sqrt[3]{-8} is -2
       capitals           AB is one name, not A times B
-      text               whole words; case counts only in one or two letters; \text{E} is E
+      text               whole words; case counts in letters that may be variables; \text{E} is E
       e, i, \pi          are constants, other letters variables; \log has no base, \ln has e
       12_3               may be written 12; it is never 5
 
@@ -168,6 +169,8 @@ def math(answer: str, gold: str, timeout: float = 2.0, truncated: bool = False) 
     except latex.Unreadable as error:
         status = "unparsed" if plain_text(answer) is None else "wrong"
         return Verdict(0, status, f"{error}{'' if BOX.search(answer) else '; no box in the text'}")
+    except RecursionError:  # the caller stands deep in the stack already
+        return Verdict(0, "unparsed", "nested too deep")
     except algebra.TimedOut as error:
         return Verdict(0, "timeout", str(error))
     except algebra.WorkerDied as error:
@@ -216,6 +219,8 @@ def bare(text: str) -> str:
         raise latex.Unreadable(f"no box in more than {latex.MAX_CHARS} characters")
     segments = list(SEGMENT.finditer(text))
     outside = SEGMENT.sub(" ", text)
+    if len(segments) > 1 and len(SEPARATOR.findall(outside)) < len(segments) - 1:
+        raise latex.Unreadable("no box, and more than one formula")
     if not segments or SEPARATORS.fullmatch(outside):
         return clean(SEGMENT.sub(lambda match: f" {match[0].strip('$')} ", text))
     before, after = text[: segments[0].start()], text[segments[-1].end() :]
@@ -248,14 +253,22 @@ def plain_text(text: str) -> str | None:
 
 
 def same_text(a: str, b: str) -> bool:
-    r"""Return whether both answers are the same words. Case counts, but not in words of three and
-    more letters, nor where both are words and one is in \text{}: "Yes", "No".
+    r"""Return whether both answers are the same words. Case counts, unless one is in \text{}, as
+    "Yes", or cannot be variables.
     """
     x, y = plain_text(a), plain_text(b)
     if x is None or y is None:
         return False
-    words = re.search("[A-Za-z]{3}", x) or (len(x) > 1 and (r"\text" in a or r"\text" in b))
-    return x == y or (bool(words) and x.lower() == y.lower())
+    words = len(x) > 1 and (r"\text" in a + b or not readable(x) or not readable(y))
+    return x == y or (words and x.lower() == y.lower())
+
+
+def readable(text: str) -> bool:
+    try:
+        latex.parse(text)
+    except latex.Unreadable:
+        return False
+    return True
 
 
 # --- programs -------------------------------------------------------------------------------------
@@ -410,8 +423,8 @@ def forgetful_sum(
     such column in a row on with probability `lose` (both 0 give the right sum). These are mistakes
     that a small model makes by itself; slips at random digits are not, and a base raised on them
     never learns to check its carries. A model that has read enough writes the likelier digit when
-    greedy: with forget < 0.5 < lose it is right about where no carry runs through three columns,
-    so that base's greedy accuracy is a property of these documents and not of its training.
+    greedy: with forget < 0.5 < lose it is right where no three columns in a row sum to 9, so that
+    the base's greedy accuracy hangs more on these documents than on its training.
     """
     carry_N, written_N, run_N = (np.zeros_like(a_N) for _ in range(3))
     columns = []
@@ -536,7 +549,7 @@ def problem_of(row: dict) -> Problem:
             return Problem(text("problem"), text("answer"), "math")
         if not BOX.search(text("solution")):
             raise ValueError("field 'solution' holds no \\boxed{}")
-        return Problem(text("problem"), final_answer(text("solution")), "math")
+        return Problem(text("problem"), text("solution"), "math")
     if "question" in row:
         gold = gsm8k_answer(text("answer"))
         if gold is None:

@@ -589,10 +589,14 @@ def test_mbpp_solutions_pass():
 # --- what a program must not bring about ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", ["", "add = 5", ADD])
-def test_tests_that_never_run_pay_nobody(source):
+@pytest.mark.parametrize(("source", "due"), [("", 0), ("add = 5", 0), (ADD, None)])
+def test_tests_that_never_run_pay_nobody(source, due):
     tests = "def test():\n    assert add(2, 3) == 0"
-    assert verify.program(source, tests)[:2] == (None, "error")
+    assert verify.program(source, tests).reward == due
+    catching = (
+        "def test():\n    try:\n        add('a', 1)\n    except Exception:\n        pass\ntest()"
+    )
+    assert verify.program(source, catching).reward == (due if source != ADD else 1)
     assert status("x = 5", "assert x == 5") == "right"
     assert status("x = 5", "def test():\n    assert x == 5\ntest()") == "error"
 
@@ -604,9 +608,9 @@ def test_a_program_makes_no_namespaces_of_its_own():
         def f(flags):
             return ctypes.CDLL(None).unshare(flags)
     """
-    verdict = verify.program(textwrap.dedent(source), "assert f(0x10000000) == 0  # CLONE_NEWUSER")
+    verdict = verify.program(textwrap.dedent(source), "assert f(0x10000000) == -1  # CLONE_NEWUSER")
     if verdict.detail.endswith("namespaces"):
-        assert verdict.status == "wrong"
+        assert verdict.status == "right"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's out-of-memory killer")

@@ -123,9 +123,14 @@ def test_the_gradient_is_clipped_and_adaptive_beta2_moves_in_stage_1_only(monkey
     for stage in ("stage1", "stage2"):
         config = replace(CONFIG, clip=1e-3, adaptive_beta2=True)
         run, _ = prepared(monkeypatch, tmp_path, config)
+        norms = []
+
+        def step(weights=run.policy.parameters, norms=norms):
+            norms.append(torch.stack([w.grad.norm() for w in weights()]).norm())
+
+        monkeypatch.setattr(run.optimizer, "step", step)
         log = score.rl_step(run, runs.Phase("x", stage, 5, 4.0))
-        norm = torch.stack([w.grad.norm() for w in run.policy.parameters()]).norm()
-        assert norm == pytest.approx(1e-3, rel=1e-3) and log["grad_norm"] > 1e-3
+        assert norms == [pytest.approx(1e-3, rel=1e-3)] and log["grad_norm"] > 1e-3
         moved = score.balanced_beta2(0.9, log["acc_t2"], log["kl1"], 0.8)
         assert run.progress.beta2 == (pytest.approx(moved) if stage == "stage1" else 0.9)
 
@@ -200,10 +205,16 @@ def test_a_verifier_that_fails_gives_no_reward():
     assert all(math.isnan(x.item()) for x in rollout.grade(r, problems))
 
 
-@pytest.mark.parametrize(("stage", "alpha"), [("stage1", 0.0), ("stage2", 4.0)])
+@pytest.mark.parametrize("micro_batch", [0, 3])
+@pytest.mark.parametrize(
+    ("stage", "alpha", "offline"), [("stage1", 0, 0), ("stage2", 4.0, 0), ("stage2", 4.0, 0.5)]
+)
 @pytest.mark.parametrize("turn", [1, 2])
-def test_problems_without_a_verdict_are_left_out_whole(monkeypatch, tmp_path, stage, alpha, turn):
-    run, seen = prepared(monkeypatch, tmp_path)
+def test_problems_without_a_verdict_are_left_out_whole(
+    monkeypatch, tmp_path, stage, alpha, offline, micro_batch, turn
+):
+    config = replace(CONFIG, offline=offline, micro_batch=micro_batch)
+    run, seen = prepared(monkeypatch, tmp_path, config)
     real = score.grade
 
     def failing(r, problems):
@@ -215,12 +226,23 @@ def test_problems_without_a_verdict_are_left_out_whole(monkeypatch, tmp_path, st
     monkeypatch.setattr(run.optimizer, "step", lambda: None)
     log = score.rl_step(run, runs.Phase("x", stage, 5, alpha=alpha))
     kept = [b for b in range(12) if b // 3 != 1]
+    own = [b for b in kept if b >= 12 * offline]
     expected, kls = by_rows(run, seen, stage, alpha, kept)
     for weight, gradient in zip(run.policy.parameters(), expected, strict=True):
         torch.testing.assert_close(weight.grad, gradient, rtol=1e-6, atol=1e-9)
     assert log["dropped"] == pytest.approx(0.25)
-    assert log["acc_t2"] == pytest.approx(np.mean([REWARD2[b] for b in kept]))
+    assert log["acc_t1"] == pytest.approx(np.mean([REWARD1[b] for b in own]))
+    assert log["acc_t2"] == pytest.approx(np.mean([REWARD2[b] for b in own]))
     assert log["kl1"] == pytest.approx(np.mean(kls[0]))
+    assert log["kl2"] == pytest.approx(np.mean(kls[1]))
+
+
+def test_a_batch_whose_own_attempts_got_no_verdict_stops_the_run(monkeypatch, tmp_path):
+    run, _ = prepared(monkeypatch, tmp_path, replace(CONFIG, offline=0.5))
+    rewards = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 1.0] + [float("nan")] * 6)
+    monkeypatch.setattr(score, "grade", lambda r, problems: (rewards, rewards))
+    with pytest.raises(RuntimeError, match="no verdict"):
+        score.rl_step(run, runs.Phase("x", "stage2", 5, alpha=1.0))
 
 
 def test_a_batch_without_any_verdict_stops_the_run(monkeypatch, tmp_path):
@@ -257,8 +279,16 @@ def test_behaviour_is_measured_on_what_was_sampled(monkeypatch, tmp_path):
 def test_problems_without_a_verdict_are_counted_and_not_measured(monkeypatch):
     r = fake_rollout(["2", "3", "3", "2"], ["2", "2", "3", "2"], [False] * 4)
     monkeypatch.setattr(evaluation, "sample", lambda *_: r)
-    golds = ["2", "2", "two", "2"]
-    m = evaluation.evaluate(None, runs.Config(), [verify.Problem("1+1=", g) for g in golds], 0.3)
+    for turn in (0, 1):
+
+        def one_fails(r, problems, turn=turn):
+            rewards = rollout.grade(r, problems)
+            rewards[turn][2] = float("nan")
+            return rewards
+
+        monkeypatch.setattr(evaluation, "grade", one_fails)
+        m = evaluation.evaluate(None, runs.Config(), [verify.Problem("1+1=", "2")] * 4, 0.3)
+        assert (m["n"], m["unjudged"]) == (3, 1)
     assert (m["n"], m["unjudged"], m["acc_t1"], m["acc_t2"]) == (3, 1, pytest.approx(2 / 3), 1.0)
     assert [row[1:] for row in m["rows"]] == [
         ("2", "2", True, True), ("3", "2", False, True), ("2", "2", True, True)

@@ -144,6 +144,25 @@ def test_drafts_slip_only_where_a_column_sums_to_9_and_as_often_as_asked():
     assert not any(slipped for row, slipped in columns if row == 0)
 
 
+def test_slips_of_one_draft_are_independent():
+    pairs = []
+    for prompt, draft, _ in corpus(20_000, digits=5, forget=0.3):
+        single = [slipped for row, slipped in slips(prompt, draft) if row == 1]
+        pairs += [all(single[:2])] * (len(single) >= 2)
+    assert len(pairs) > 5000 and abs(np.mean(pairs) - 0.09) < 5 * (0.09 * 0.91 / len(pairs)) ** 0.5
+
+
+def test_careless_digits_are_one_too_large_or_one_too_small():
+    steps = [
+        (int(r) - int(f"{gold(p):05d}"[i])) % 10
+        for p, _, revision in corpus(5000, right_revision=0.0, copy=0.0)
+        for i, r in enumerate(revision)
+    ]
+    shares = [steps.count(step) / len(steps) for step in (0, 1, 9)]
+    assert sum(shares) == pytest.approx(1)
+    assert np.abs(np.array(shares) - [0.85, 0.075, 0.075]).max() < 5 * 0.5 / len(steps) ** 0.5
+
+
 def gold(prompt):
     return sum(map(int, prompt.removesuffix("=").split("+")))
 
