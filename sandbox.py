@@ -440,7 +440,8 @@ def judge(job: dict, peer) -> tuple[str, str]:
                 names[name] = getattr(Remote(peer, 0), name)
             except AttributeError:
                 pass
-        undefined = {name for name in called if not callable(names.get(name))}
+        missing = {name for name in called if not callable(names.get(name))}
+        undefined = missing - set(dir(builtins))
         if undefined:  # said here: tests that catch every error would have asked for nothing
             return "wrong", f"the program does not define {', '.join(sorted(undefined))}"
         heard = peer.heard

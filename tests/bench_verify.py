@@ -198,6 +198,10 @@ def measure(columns: list[list], threads: int) -> list[dict]:
     return found
 
 
+def short(x: float) -> str:
+    return f"{x:.0f}" if x >= 10 else f"{x:.2g}"
+
+
 def table(results: dict) -> str:
     """Return README's table."""
     lines = [
@@ -209,10 +213,10 @@ def table(results: dict) -> str:
         kind = "`math`" if columns[0].__name__ in ("pairs", "prose", "gsm8k") else "`program`"
         for verifier, m in zip((kind, "Math-Verify 0.9"), found, strict=False):
             rate = m["per_second_a_core"] or ""
-            share = 100 * m["as_due"] / m["n"]
+            share, took = 100 * m["as_due"] / m["n"], (short(m["median_ms"]), short(m["p95_ms"]))
             lines.append(
                 f"| {title} | {verifier} | {m['n']} | {m['as_due']} ({share:.1f} %) | "
-                f"{m['accepted_wrongly']} | {m['median_ms']:.2g}, {m['p95_ms']:.2g} | {rate} |"
+                f"{m['accepted_wrongly']} | {', '.join(took)} | {rate} |"
             )
     lines += ["", f"({results['machine']}; commit {results['commit']})"]
     return "\n".join(lines)

@@ -631,3 +631,9 @@ def test_a_range_is_a_value():
     assert (
         status(source, "assert f(range(5)) == range(5)\nassert list(f('ab')) == [0, 1]") == "right"
     )
+
+
+def test_a_task_may_be_named_as_a_builtin():
+    tests = "def check(x, y):\n    assert abs(x - y) < 1\ncheck(sum([1, 2]), 3)"
+    assert status("def sum(xs): return xs[0] + xs[1]", tests) == "right"
+    assert status("def sum(xs): return xs[0]", tests) == "wrong"
