@@ -28,6 +28,8 @@ it gets a process of its own, which has never held anything worth stealing:
                   has the caller's rights: to files, to the network, and to kill the guard, which
                   is then an "error".
 
+    python -c "import sandbox; print(sandbox.run('def f(): return 2', 'assert f() == 2', timeout=3))"
+
 Memory is limited for each process, not for all processes of a program together; they are the first
 to go when the machine's runs out. Tests and programs have the standard library only; tests may call
 a program's classes, but neither compare nor catch its objects. Values may be nested some 300 deep.
