@@ -28,7 +28,7 @@ it gets a process of its own, which has never held anything worth stealing:
                   has the caller's rights: to files, to the network, and to kill the guard, which
                   is then an "error".
 
-    python -c "import sandbox; print(sandbox.run('def f(): return 2', 'assert f() == 2', timeout=3))"
+    python -c "import sandbox; print(sandbox.run('def f(): return 2', 'assert f() == 2', 3))"
 
 Memory is limited for each process, not for all processes of a program together; they are the first
 to go when the machine's runs out. Tests and programs have the standard library only; tests may call
