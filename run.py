@@ -26,6 +26,8 @@ import verify
 from model import GPT, GPTConfig
 from rollout import toy_encoding
 
+METHODS = ("score", "multi_turn", "single_turn", "no_stage1", "no_bonus")
+
 # --- settings: one line a knob --------------------------------------------------------------------
 
 
@@ -42,7 +44,7 @@ class Config:
       ValueError: a value is impossible; the message names the option and what is accepted.
     """
 
-    method: str = knob("score", "what follows the base model", choices=("score", "multi_turn"))
+    method: str = knob("score", "what follows the base model", choices=METHODS)
     seed: int = knob(0, "of weights, problems and samples", 0, 2**31)
     device: str = knob("cpu", "cpu, cuda or cuda:N")
     # task
@@ -134,7 +136,10 @@ class Config:
 
 
 class Phase(NamedTuple):
-    """One phase of a run: what is optimised ("sft", "stage1" or "stage2") and for how long."""
+    """One phase of a run: what is optimised and for how long.
+
+    objective: "sft", "stage1", "stage2", or "single_turn", which rewards attempt 1 alone.
+    """
 
     name: str
     objective: str
@@ -148,9 +153,15 @@ def schedule(c: Config) -> list[Phase]:
     >>> [(p.name, p.steps) for p in schedule(Config(rounds=2, stage1_steps=3, stage2_steps=4))]
     [('base', 1500), ('stage1-1', 1), ('stage2-1', 2), ('stage1-2', 2), ('score', 2)]
     """
-    base = Phase("base", "sft", c.sft_steps)
-    if c.method == "multi_turn":  # eq. 4 without the bonus, as many steps as both stages have
-        return [base, Phase("multi_turn", "stage2", c.stage1_steps + c.stage2_steps)]
+    base, both = Phase("base", "sft", c.sft_steps), c.stage1_steps + c.stage2_steps
+    one_phase = {  # methods without stages, for as many steps as SCoRe has in both
+        "multi_turn": Phase("multi_turn", "stage2", both),  # eq. 4 without the bonus
+        "no_stage1": Phase("no_stage1", "stage2", both, c.alpha),
+        "single_turn": Phase("single_turn", "single_turn", both),
+    }
+    if c.method in one_phase:
+        return [base, one_phase[c.method]]
+    alpha = 0.0 if c.method == "no_bonus" else c.alpha
     phases = [base]
     for i in range(c.rounds):
         end = "" if c.rounds == 1 else f"-{i + 1}"
@@ -160,19 +171,21 @@ def schedule(c: Config) -> list[Phase]:
         )
         phases += [
             Phase("stage1" + end, "stage1", share1),
-            Phase("stage2" + end, "stage2", share2, c.alpha),
+            Phase("stage2" + end, "stage2", share2, alpha),
         ]
     return [*phases[:-1], phases[-1]._replace(name=c.method)]
 
 
-def parse(argv: list[str]) -> tuple[Config | None, Path]:
-    """Return the settings and folder of a new run, or None and the folder of one to resume."""
+def parse(argv: list[str]) -> tuple[Config | None, Path, Path | None]:
+    """Return a new run's settings, its folder and that of the run whose base it takes, if any;
+    or None and the folder of a run to resume."""
     parser = argparse.ArgumentParser(
         prog="score.py", usage=argparse.SUPPRESS, description="Train SCoRe on toy arithmetic.",
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--run", type=Path, help="folder to create (default: runs/METHOD-seedSEED)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run, and no more")
+    parser.add_argument("--base", type=Path, metavar="RUN", help="start from the base of this run")
     for f in fields(Config):
         option, low, high = "--" + f.name.replace("_", "-"), f.metadata["low"], f.metadata["high"]
         accepted = "" if low is None else f"; {low:.10g} to {high:.10g}"
@@ -183,13 +196,13 @@ def parse(argv: list[str]) -> tuple[Config | None, Path]:
         else:
             parser.add_argument(option, type=f.type, choices=f.metadata["choices"], help=text)
     args = vars(parser.parse_args(argv))
-    folder, resume = args.pop("run", None), args.pop("resume", None)
+    folder, resume, base = (args.pop(name, None) for name in ("run", "resume", "base"))
     if resume is not None:
-        if args or folder is not None:
+        if args or folder is not None or base is not None:
             raise ValueError("--resume takes all settings from the run: give no other option")
-        return None, resume
+        return None, resume, None
     config = Config(**args)
-    return config, folder or Path("runs") / f"{config.method}-seed{config.seed}"
+    return config, folder or Path("runs") / f"{config.method}-seed{config.seed}", base
 
 
 # --- the run: what it carries from step to step ---------------------------------------------------
@@ -299,8 +312,8 @@ def save_checkpoint(run: Run) -> None:
     save(content, run.folder / "checkpoint.pt")
 
 
-def create(c: Config, folder: Path) -> Run:
-    """Start a run in a folder that must not exist yet."""
+def create(c: Config, folder: Path, base: Path | None = None) -> Run:
+    """Start a run in a folder that must not exist yet, if asked with the base of another run."""
     run = new_run(c, folder)
     verify.problems(c.eval_n, "test", np.random.default_rng(0), c.digits, c.split_seed)
     if folder.exists():
@@ -308,16 +321,41 @@ def create(c: Config, folder: Path) -> Run:
             f"{folder} exists and is left alone: continue it with --resume {folder}, "
             "or choose another with --run"
         )
+    trained = None if base is None else take_base(run, base)
     run.folder = folder.with_name(folder.name + ".part")  # a run is whole or absent, too
     run.folder.mkdir(parents=True, exist_ok=True)
     about = dict(commit=commit(), torch=torch.__version__, threads=torch.get_num_threads())
     text = json.dumps(about | {"config": asdict(c)}, indent=2)
     (run.folder / "config.json").write_text(text + "\n")
     (run.folder / "log.jsonl").write_text("")
+    if trained is not None:
+        save(trained, run.folder / "base.pt")
     save_checkpoint(run)
     run.folder.rename(folder)
     run.folder = folder
     return run
+
+
+def take_base(run: Run, folder: Path) -> dict:
+    """Go on from the base that another run has trained, as if this run had; return its file.
+
+    Raises:
+      ValueError: there is no such base, or it was trained with other settings.
+    """
+    theirs, _ = read_about(folder)
+    names = [f.name for f in fields(Config)]
+    for name in ("seed", *names[names.index("digits") : names.index("clean") + 1]):
+        ours = getattr(run.config, name)
+        if ours != getattr(theirs, name):
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"--base {folder} has {option} {getattr(theirs, name)}, not {ours}")
+    model, _ = read_phase(folder, schedule(theirs)[0], theirs)
+    content = load(folder / "base.pt")
+    run.policy.load_state_dict(model.state_dict())
+    run.base = copy.deepcopy(run.policy).requires_grad_(False)
+    run.problem_rng.bit_generator.state = json.loads(content["problem_rng"])
+    run.progress.phase = 1
+    return content
 
 
 def commit() -> str | None:

@@ -173,6 +173,16 @@ def loss_stage2(
     return beta1 * (kl1_B + kl2_B) - gain1_B - gain2_B
 
 
+def loss_single_turn(logp_BS, mask1_BS, kl1_B, reward1_B, G: int, beta1):
+    """Return single-turn RL's loss of each row (a baseline): attempt 1 is rewarded, and no more.
+
+    Source: arXiv 2409.12917v2, eq. 1, and the row "w/o multi-turn training" of its ablations. The
+    second attempt is sampled all the same, to be logged; nothing trains it.
+    """
+    advantage_B = reward1_B - leave_one_out(reward1_B, G)
+    return beta1 * kl1_B - reinforce(logp_BS, mask1_BS, advantage_B)
+
+
 def loss_sft(logp_BS, mask_BS):
     """Return the negative log-likelihood of each row's target tokens, summed, in nats."""
     return -(logp_BS * mask_BS).sum(dim=1)
@@ -303,6 +313,10 @@ def rl_step(run: Run, phase: Phase) -> dict:
         if phase.objective == "stage1":
             loss_B = loss_stage1(
                 logp_BS, part.mask2_BS, kl1_B, kl2_B, reward2_B[at], c.group, c.beta1, p.beta2
+            )
+        elif phase.objective == "single_turn":
+            loss_B = loss_single_turn(
+                logp_BS, part.mask1_BS, kl1_B, reward1_B[at], c.group, c.beta1
             )
         else:
             loss_B = loss_stage2(
@@ -454,10 +468,11 @@ def finish_phase(run: Run, phase: Phase) -> None:
         run.policy.load_state_dict(run.best)
         step = p.best_step
         print(f"{phase.name:>10} keeps the weights of step {step}: highest r1 + r2 in training")
-    save(
-        dict(model=run.policy.state_dict(), steps=p.step, selected_step=step, seconds=p.seconds),
-        run.folder / f"{phase.name}.pt",
+    content = dict(
+        model=run.policy.state_dict(), steps=p.step, selected_step=step, seconds=p.seconds
     )
+    content["problem_rng"] = json.dumps(run.problem_rng.bit_generator.state)  # for --base
+    save(content, run.folder / f"{phase.name}.pt")
     if phase.objective == "sft":
         run.base = copy.deepcopy(run.policy).requires_grad_(False)
     run.optimizer, run.best = new_optimizer(run.policy), None
@@ -470,10 +485,10 @@ RL_COST = 4.0  # seconds of a reinforcement step for one of a supervised step, b
 def show_progress(run: Run, phase: Phase, row: dict, pace: float) -> None:
     """Print one line: where the run is, how well its samples do, the time left at this pace (s)."""
     p, c = run.progress, run.config
-    cost = {"sft": 1.0, "stage1": RL_COST, "stage2": RL_COST}
-    left = (phase.steps - p.step) * cost[phase.objective]
-    left += sum(later.steps * cost[later.objective] for later in schedule(c)[p.phase + 1 :])
-    left *= pace / cost[phase.objective]
+    costs = [1.0 if each.objective == "sft" else RL_COST for each in schedule(c)]
+    left = (phase.steps - p.step) * costs[p.phase]
+    later = list(zip(schedule(c), costs, strict=True))[p.phase + 1 :]
+    left = (left + sum(each.steps * cost for each, cost in later)) * pace / costs[p.phase]
     line = f"{phase.name:>10} {p.step:>5}/{phase.steps}  "
     if phase.objective == "sft":
         kind = "right" if p.step <= c.clean * c.sft_steps else "mixed"
@@ -498,8 +513,8 @@ def main(argv: list[str]) -> int:
         signal.signal(number, signal.SIG_DFL)
 
     try:
-        config, folder = parse(argv)
-        run = restore(folder) if config is None else create(config, folder)
+        config, folder, base = parse(argv)
+        run = restore(folder) if config is None else create(config, folder, base)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, interrupt)
         parameters = sum(weight.numel() for weight in run.policy.parameters())

@@ -248,11 +248,11 @@ def options(**settings):
 
 def test_every_setting_is_an_option_and_means_what_it_says():
     changed = dict(TINY, lr=0.5, kl="k1", qkv_bias=True, method="multi_turn")
-    config, _ = runs.parse(options(**changed))
+    config, *_ = runs.parse(options(**changed))
     for f in fields(runs.Config):
         assert getattr(config, f.name) == changed.get(f.name, f.default), f.name
-    default, folder = runs.parse([])
-    assert default == runs.Config() and str(folder) == "runs/score-seed0"
+    default, folder, base = runs.parse([])
+    assert default == runs.Config() and str(folder) == "runs/score-seed0" and base is None
 
 
 def test_help_names_every_setting_with_its_default(capsys):

@@ -182,7 +182,7 @@ def test_both_stages_learn_at_bandit_size():
     """
     oracle = truth.Oracle()
     start = oracle.objectives()
-    for i, bound in ((0, 0.89), (1, 0.49)):
+    for stage, bound in (("stage1", 0.89), ("stage2", 0.49)):
         program = truth.load_program()
         policy, generator = oracle.policy, torch.Generator().manual_seed(5)
         policy.load_state_dict(truth.tiny_model(program, 1).state_dict())
@@ -198,7 +198,7 @@ def test_both_stages_learn_at_bandit_size():
                 for mask in (r.mask1_BS, r.mask2_BS)
             ]  # fmt: skip
             logp, kl1, kl2 = score.score_terms(policy, oracle.base, r, truth.TEMPERATURE, "exact")
-            if i == 0:
+            if stage == "stage1":
                 loss = score.loss_stage1(
                     logp, r.mask2_BS, kl1, kl2, rewards[1], 4, truth.BETA1, truth.BETA2
                 )
@@ -209,7 +209,7 @@ def test_both_stages_learn_at_bandit_size():
             optimizer.zero_grad()
             loss.mean().backward()
             optimizer.step()
-        assert oracle.objectives()[i] - start[i] > bound
+        assert oracle.objectives()[stage] - start[stage] > bound
 
 
 TINY = dict(
@@ -261,6 +261,55 @@ def test_a_sampler_of_another_law_is_noticed_before_the_first_step(tmp_path):
 def test_multi_turn_is_stage_2_without_bonus_for_as_many_steps():
     phases = runs.schedule(runs.Config(method="multi_turn", stage1_steps=7, stage2_steps=5))
     assert [(p.objective, p.steps, p.alpha) for p in phases[1:]] == [("stage2", 12, 0.0)]
+
+
+def test_ablations_and_baselines_take_as_many_steps():
+    def phases(method):
+        c = runs.Config(method=method, stage1_steps=7, stage2_steps=5, alpha=3.0)
+        return [(p.name, p.objective, p.steps, p.alpha) for p in runs.schedule(c)[1:]]
+
+    assert phases("no_stage1") == [("no_stage1", "stage2", 12, 3.0)]
+    assert phases("single_turn") == [("single_turn", "single_turn", 12, 0.0)]
+    assert phases("no_bonus") == [("stage1", "stage1", 7, 0.0), ("no_bonus", "stage2", 5, 0.0)]
+
+
+def test_single_turn_training_leaves_what_only_attempt_2_would_teach(tmp_path):
+    """Its gradient does not depend on the second attempt's rewards."""
+    config = runs.Config(**TINY, method="single_turn")
+    gradients = []
+    for reward2 in (0.0, 1.0):
+        run = runs.create(config, tmp_path / str(reward2))
+        run.base = copy.deepcopy(run.policy).requires_grad_(False)
+        run.optimizer.step = lambda: None
+        r1 = torch.tensor([1.0, 0.0] * 4)
+        r2 = torch.tensor([reward2, 0.0] * 4)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(score, "grade", lambda r, problems, r1=r1, r2=r2: (r1, r2))
+            score.rl_step(run, runs.schedule(config)[1])
+        gradients.append([w.grad.clone() for w in run.policy.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert max(g.abs().max() for g in gradients[0]) > 0
+
+
+def test_a_run_from_anothers_base_goes_on_as_if_it_had_trained_it(tmp_path):
+    whole = train(tmp_path / "whole")
+    run = runs.create(runs.Config(**TINY), tmp_path / "part", tmp_path / "whole")
+    assert score.train(run, threading.Event())
+    part = [json.loads(line) for line in (tmp_path / "part" / "log.jsonl").read_text().splitlines()]
+    assert part == [row for row in whole if row["phase"] != "base"] and len(part) == 6
+    for phase in ("base", "score"):
+        a, b = (runs.load(tmp_path / name / f"{phase}.pt")["model"] for name in ("whole", "part"))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_base_of_other_settings_is_refused_and_nothing_is_left(tmp_path):
+    train(tmp_path / "whole")
+    for change, words in ((dict(seed=1), "--seed 0, not 1"), (dict(copy=0.5), "--copy")):
+        with pytest.raises(ValueError, match=words):
+            runs.create(runs.Config(**TINY | change), tmp_path / "other", tmp_path / "whole")
+        assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+    with pytest.raises(ValueError, match="not a run"):
+        runs.create(runs.Config(**TINY), tmp_path / "other", tmp_path / "nowhere")
 
 
 def test_both_methods_start_from_the_same_base(tmp_path):

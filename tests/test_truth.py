@@ -20,7 +20,7 @@ def test_the_oracle_is_a_probability_and_its_gradient_is_not_small(oracle):
 
 
 @pytest.mark.parametrize("kl", ["exact", "k1"])
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "single_turn"])
 def test_expected_gradient_of_the_loss_is_that_of_the_enumerated_objective(oracle, stage, kl):
     found = truth.expected_gradient(truth.load_program(), oracle, stage, kl)
     assert truth.relative_error(found, oracle.gradients[stage]) <= TOLERANCE

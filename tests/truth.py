@@ -69,7 +69,7 @@ def tiny_model(program, seed: int):
 
 
 class Oracle:
-    """Exact objectives of Stage I and Stage II, and their numerical gradients."""
+    """Exact objectives of Stage I, Stage II and single-turn RL, and their numerical gradients."""
 
     def __init__(self):
         program = load_program()
@@ -98,8 +98,8 @@ class Oracle:
             for context in self.contexts
         }
 
-    def objectives(self) -> tuple[float, float]:
-        """Return J of Stage I and of Stage II at the policy's present weights."""
+    def objectives(self) -> dict[str, float]:
+        """Return J of each objective at the policy's present weights."""
         p = self.laws(self.policy)
 
         def kl(context):
@@ -108,6 +108,7 @@ class Oracle:
 
         kl1 = kl(PROMPT)
         stage1, stage2 = -(BETA1 + BETA2) * kl1, -BETA1 * kl1
+        single_turn = sum(p[PROMPT][y] for y in RIGHT) - BETA1 * kl1
         for y1 in ATTEMPTS:
             right1, context2 = float(y1 in RIGHT), PROMPT + y1 + INSTRUCTION
             stage2 += p[PROMPT][y1] * right1
@@ -118,12 +119,12 @@ class Oracle:
                 right2, weight = float(y2 in RIGHT), frozen * p[context2][y2]
                 stage1 += weight * right2
                 stage2 += weight * (right2 + ALPHA * (right2 - right1))
-        return stage1, stage2
+        return {"stage1": stage1, "stage2": stage2, "single_turn": single_turn}
 
     @torch.no_grad()
     def differentiate(self, h: float = 2e-5) -> dict:
-        """Return the gradients of both objectives by five-point differences, error of order h^4."""
-        rows = []
+        """Return the objectives' gradients by five-point differences, error of order h^4."""
+        rows = {}
         for weight in self.policy.parameters():
             flat = weight.view(-1)
             for i in range(len(flat)):
@@ -132,11 +133,10 @@ class Oracle:
                     flat[i] = value + k * h
                     j[k] = self.objectives()
                 flat[i] = value
-                rows.append(
-                    [(j[-2][s] - 8 * j[-1][s] + 8 * j[1][s] - j[2][s]) / (12 * h) for s in (0, 1)]
-                )
-        stage1, stage2 = torch.tensor(rows, dtype=torch.float64).T
-        return {"stage1": stage1, "stage2": stage2}
+                for s in j[1]:
+                    slope = (j[-2][s] - 8 * j[-1][s] + 8 * j[1][s] - j[2][s]) / (12 * h)
+                    rows.setdefault(s, []).append(slope)
+        return {s: torch.tensor(slopes, dtype=torch.float64) for s, slopes in rows.items()}
 
 
 def as_turn(program, attempts):
@@ -172,6 +172,8 @@ def expected_gradient(program, oracle: Oracle, stage: str, kl: str) -> torch.Ten
     terms = (logp[i], r.mask2_BS[i], kl1[i], kl2[i])
     if stage == "stage1":
         loss = program.score.loss_stage1(*terms, reward2[i], 2, BETA1, BETA2)
+    elif stage == "single_turn":
+        loss = program.score.loss_single_turn(logp[i], r.mask1_BS[i], kl1[i], reward1[i], 2, BETA1)
     else:
         mask1 = program.score.own_mask1(r)[i]
         loss = program.score.loss_stage2(
