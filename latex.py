@@ -88,6 +88,13 @@ UNITS = {
     "point": "point", "side": "side", "euro": "euro", "sterling": "sterling",
     "mL": "ml", "ml": "ml", "square": "square", "coin": "coin",
 }  # fmt: skip
+COUNTED = set(  # things, in the singular or what a plural is without its s
+    "cup apple orange marble ball book page ticket stamp card tile block cube boxe box cookie game "
+    "player team member child children adult girl boy man men woman women car tree chair table "
+    "triangle circle rectangle edge face vertice vertex diagonal digit number integer factor term "
+    "solution value pair combination arrangement outcome path route line word letter round lap "
+    "step trip root dog cat bird fish friend worker guest calorie gram".split()
+)
 
 TOKEN = re.compile(
     r"(?P<space>\s+|~|\\[,;:!> ]|\$)|(?P<break>\\\\(?:\[[^\]]*\])?)|(?P<dollar>\\\$)"
@@ -157,6 +164,12 @@ def read_token(match: re.Match) -> list[tuple[str, str]]:
     if kind == "words":
         return read_words(match["words"])
     if kind == "letters":
+        if (
+            len(text) in (4, 5, 6)
+            and text.islower()
+            and match.string[: match.start()][-1:].isdigit()
+        ):
+            return [token for letter in text for token in read_letters(letter)]  # 24abcd
         return read_letters(text)
     if kind == "op":
         return [("op", {"**": "^", r"\%": "%"}.get(text, text))]
@@ -179,7 +192,7 @@ def unit(words: str) -> str | None:
     for prefix, power in (("square ", "^2"), ("sq ", "^2"), ("cubic ", "^3")):
         if words.startswith(prefix) and (name := unit(words.removeprefix(prefix))):
             return name + power
-    return UNITS.get(words)
+    return UNITS.get(words) or (words if words in COUNTED else None)
 
 
 def read_words(words: str) -> list[tuple[str, str]]:
@@ -632,13 +645,18 @@ class Parser:
         subscript = self.subscript()
         if after_digit and name.isupper() and subscript.strip("_").isdigit():
             raise Unreadable("a number whose digits go beyond 9")
+        inverse = [("op", "^"), ("op", "{"), ("op", "-"), ("num", "1"), ("op", "}"), ("op", "(")]
+        function = name in "fghpq" or name.isupper()
+        name += subscript
+        if function and self.tokens[self.at : self.at + 6] == inverse:
+            self.at, name = self.at + 5, name + " inverse"
         found = self.tokens[self.at : self.at + 3]
-        if (name in "fghpq" or name.isupper()) and len(found) == 3:
+        if function and len(found) == 3:
             if [found[0], found[2]] == [("op", "("), ("op", ")")] and found[1][0] in ("num", "sym"):
                 self.at += 3
                 inside = found[1][1] if found[1][0] == "num" else ("sym", found[1][1])
                 return ("call", name, number(inside) if isinstance(inside, str) else inside)
-        return ("sym", name + subscript)
+        return ("sym", name)
 
     def subscript(self) -> str:
         """Return what stands after _, as text, or nothing."""
