@@ -27,7 +27,7 @@ import verify
 from model import GPT
 from rollout import attempts, grade, toy_encoding
 from run import Config, commit, read_about, read_phase, schedule
-from score import sample
+from score import all_judged, sample
 
 # --- intervals ------------------------------------------------------------------------------------
 
@@ -124,9 +124,7 @@ def evaluate(model: GPT, c: Config, problems: list[verify.Problem], temperature:
     generator = torch.Generator(c.device).manual_seed(0)
     r, encoding = sample(model, c, problems, generator, temperature), toy_encoding()
     reward1_N, reward2_N = grade(r, problems)
-    keep_N = (reward1_N + reward2_N).isfinite()
-    if not keep_N.any():
-        raise RuntimeError("no verdict on any problem: the verifier has failed")
+    keep_N = all_judged(reward1_N + reward2_N, 1)
     r, judged = r.rows(keep_N), [problems[i] for i in keep_N.nonzero()[:, 0].tolist()]
     right1_N, right2_N = (x[keep_N].cpu().numpy() == 1 for x in (reward1_N, reward2_N))
     first = attempts(r.ids_BT, r.mask1_BS, r.truncated1_B, encoding)

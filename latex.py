@@ -84,16 +84,15 @@ UNITS = {
     "sec": "s", "minute": "min", "min": "min", "hour": "h", "hr": "h", "h": "h", "day": "day",
     "week": "week", "month": "month", "year": "year", "dollar": "dollar", "cent": "cent",
     "degree": "degree", "deg": "degree", "radian": "rad", "liter": "l", "gallon": "gal",
-    "people": "people", "person": "people", "student": "student", "way": "way", "time": "time",
-    "point": "point", "side": "side", "euro": "euro", "sterling": "sterling",
-    "mL": "ml", "ml": "ml", "square": "square", "coin": "coin",
+    "people": "people", "person": "people", "euro": "euro", "sterling": "sterling", "ml": "ml",
 }  # fmt: skip
 COUNTED = set(  # things, in the singular or what a plural is without its s
     "cup apple orange marble ball book page ticket stamp card tile block cube boxe box cookie game "
     "player team member child children adult girl boy man men woman women car tree chair table "
     "triangle circle rectangle edge face vertice vertex diagonal digit number integer factor term "
     "solution value pair combination arrangement outcome path route line word letter round lap "
-    "step trip root dog cat bird fish friend worker guest calorie gram".split()
+    "step trip root dog cat bird fish friend worker guest calorie student way time point side "
+    "square coin".split()
 )
 
 TOKEN = re.compile(

@@ -349,11 +349,13 @@ def take_base(run: Run, folder: Path) -> dict:
         if ours != getattr(theirs, name):
             option = "--" + name.replace("_", "-")
             raise ValueError(f"--base {folder} has {option} {getattr(theirs, name)}, not {ours}")
-    model, _ = read_phase(folder, schedule(theirs)[0], theirs)
     content = load(folder / "base.pt")
-    run.policy.load_state_dict(model.state_dict())
+    try:
+        run.policy.load_state_dict(content["model"])
+        run.problem_rng.bit_generator.state = json.loads(content["problem_rng"])
+    except (KeyError, RuntimeError, TypeError):
+        raise ValueError(f"{folder / 'base.pt'} does not fit {folder / 'config.json'}") from None
     run.base = copy.deepcopy(run.policy).requires_grad_(False)
-    run.problem_rng.bit_generator.state = json.loads(content["problem_rng"])
     run.progress.phase = 1
     return content
 

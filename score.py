@@ -485,10 +485,13 @@ RL_COST = 4.0  # seconds of a reinforcement step for one of a supervised step, b
 def show_progress(run: Run, phase: Phase, row: dict, pace: float) -> None:
     """Print one line: where the run is, how well its samples do, the time left at this pace (s)."""
     p, c = run.progress, run.config
-    costs = [1.0 if each.objective == "sft" else RL_COST for each in schedule(c)]
-    left = (phase.steps - p.step) * costs[p.phase]
-    later = list(zip(schedule(c), costs, strict=True))[p.phase + 1 :]
-    left = (left + sum(each.steps * cost for each, cost in later)) * pace / costs[p.phase]
+
+    def cost(phase):
+        return 1.0 if phase.objective == "sft" else RL_COST
+
+    left = (phase.steps - p.step) * cost(phase)
+    left += sum(later.steps * cost(later) for later in schedule(c)[p.phase + 1 :])
+    left *= pace / cost(phase)
     line = f"{phase.name:>10} {p.step:>5}/{phase.steps}  "
     if phase.objective == "sft":
         kind = "right" if p.step <= c.clean * c.sft_steps else "mixed"

@@ -12,7 +12,6 @@ system time of all processes).
 """
 
 import argparse
-import gzip
 import json
 import os
 import platform
@@ -41,11 +40,7 @@ class np:  # all that the + variants use of numpy, which tests do not have
 
 
 def rows(name: str) -> list[dict]:
-    data = (SHARED / name).read_bytes()
-    text = (gzip.decompress(data) if name.endswith(".gz") else data).decode()
-    if name.endswith(".json"):
-        return json.loads(text)
-    return [json.loads(line) for line in text.split("\n") if line]
+    return [row for _, row in verify.rows_of(SHARED / name)]
 
 
 # --- the sets: each yields a row's name, the reward that it must earn, and a call -----------------
@@ -123,14 +118,12 @@ def humaneval_plus():
 
 def mbpp():
     for row in rows("data/mbpp/mbpp.jsonl"):
-        tests = "\n".join([row["test_setup_code"], *row["test_list"]])
-        yield row["task_id"], 1, program(row["code"], tests)
+        yield row["task_id"], 1, program(row["code"], verify.problem_of(row).gold)
 
 
 def mbpp_sanitized():
     for row in rows("data/mbpp/sanitized-mbpp.json"):
-        tests = "\n".join(row["test_imports"] + row["test_list"])
-        yield row["task_id"], 1, program(row["code"], tests)
+        yield row["task_id"], 1, program(row["code"], verify.problem_of(row).gold)
 
 
 def mbpp_plus():

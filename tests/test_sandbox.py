@@ -6,8 +6,6 @@ out of the guard's start line, as a system that refuses them would.
 """
 
 import contextlib
-import gzip
-import json
 import os
 import pathlib
 import signal
@@ -544,12 +542,11 @@ def test_a_large_caller_is_not_slower():
 # --- data sets ------------------------------------------------------------------------------------
 
 
-def humaneval():
-    path = DATA / "humaneval" / "HumanEval.jsonl.gz"
+def rows_of(*parts):
+    path = DATA.joinpath(*parts)
     if not path.exists():
         pytest.skip(f"no {path}")
-    with gzip.open(path) as lines:
-        return [json.loads(line) for line in lines]
+    return [row for _, row in verify.rows_of(path)]
 
 
 def verdicts(rows):
@@ -559,7 +556,7 @@ def verdicts(rows):
 
 
 def test_humaneval_solutions_pass_and_solutions_without_a_body_fail():
-    tasks = humaneval()
+    tasks = rows_of("humaneval", "HumanEval.jsonl.gz")
     keys = [{"entry_point": task["entry_point"], "prompt": task["prompt"]} for task in tasks]
     right = [
         (t["prompt"] + t["canonical_solution"], t["test"], k)
@@ -575,10 +572,7 @@ def test_humaneval_solutions_pass_and_solutions_without_a_body_fail():
 
 
 def test_mbpp_solutions_pass():
-    path = DATA / "mbpp" / "mbpp.jsonl"
-    if not path.exists():
-        pytest.skip(f"no {path}")
-    tasks = [json.loads(line) for line in path.read_text().splitlines()]
+    tasks = rows_of("mbpp", "mbpp.jsonl")
     odd = {126, 367, 533, 596, 601, 927}  # trees, a type as argument, a function named sum
     tasks = [task for task in tasks if task["task_id"] % 12 == 0 or task["task_id"] in odd]
     rows = [(t["code"], "\n".join([t["test_setup_code"], *t["test_list"]]), {}) for t in tasks]
