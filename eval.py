@@ -25,7 +25,7 @@ import torch
 
 import verify
 from model import GPT
-from rollout import attempts, grade, toy_encoding
+from rollout import grade, texts
 from run import Config, commit, read_about, read_phase, schedule
 from score import all_judged, sample
 
@@ -122,13 +122,12 @@ def evaluate(model: GPT, c: Config, problems: list[verify.Problem], temperature:
     Greedy at temperature 0; above, sampled from a generator of its own, always the same.
     """
     generator = torch.Generator(c.device).manual_seed(0)
-    r, encoding = sample(model, c, problems, generator, temperature), toy_encoding()
+    r = sample(model, c, problems, generator, temperature)
     reward1_N, reward2_N = grade(r, problems)
     keep_N = all_judged(reward1_N + reward2_N, 1)
     r, judged = r.rows(keep_N), [problems[i] for i in keep_N.nonzero()[:, 0].tolist()]
     right1_N, right2_N = (x[keep_N].cpu().numpy() == 1 for x in (reward1_N, reward2_N))
-    first = attempts(r.ids_BT, r.mask1_BS, r.truncated1_B, encoding)
-    second = attempts(r.ids_BT, r.mask2_BS, r.truncated2_B, encoding)
+    first, second = texts(r, 1), texts(r, 2)
     changed_N = np.array([a != b for a, b in zip(first, second, strict=True)])
     ratios = [edit_ratio(a, b) for a, b in zip(first, second, strict=True)]
     wrong = int((~right1_N).sum())
@@ -137,8 +136,8 @@ def evaluate(model: GPT, c: Config, problems: list[verify.Problem], temperature:
         "changed_if_wrong": float(changed_N[~right1_N].mean()) if wrong else None,
         "edit_ratio": float(np.mean(ratios)),
         "unjudged": len(problems) - len(judged),
-        "truncated_t1": float(r.truncated1_B.float().mean()),
-        "truncated_t2": float(r.truncated2_B.float().mean()),
+        "truncated_t1": float(r.truncated_BK[:, 0].float().mean()),
+        "truncated_t2": float(r.truncated_BK[:, 1].float().mean()),
         "rows": list(zip(judged, first, second, right1_N.tolist(), right2_N.tolist(), strict=True)),
     }
 
@@ -158,7 +157,7 @@ def diagnose(phases: dict) -> list[str]:
             "below about 4 % reinforcement learning finds too little to amplify."
         )
     changed = last["changed_if_wrong"]
-    if changed is not None and changed < 0.05:
+    if len(phases) > 1 and changed is not None and changed < 0.05:
         notes.append(
             f"Collapsed: of the wrong first attempts only {100 * changed:.1f} % are changed; the "
             "second attempt copies the first."
@@ -263,8 +262,10 @@ def show(r: dict) -> None:
 
 def main(argv: list[str]) -> int:
     """Evaluate a run, print the report, write it into the run's folder. Return the exit status."""
-    parser = argparse.ArgumentParser(prog="eval.py", usage=argparse.SUPPRESS, allow_abbrev=False,
-                                     description="Evaluate a run from its weights.")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="eval.py", usage=argparse.SUPPRESS, allow_abbrev=False,
+        description="Evaluate a run from its weights.",
+    )  # fmt: skip
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     parser.add_argument("--split", choices=("test", "dev"), default="test", help="which problems")
     parser.add_argument("--n", type=int, help="how many problems (default: the run's --eval-n)")

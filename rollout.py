@@ -2,14 +2,15 @@
 
 Token ids in, token ids out: nothing that was sampled is decoded and encoded again, and the second
 turn continues on the first turn's cache. A rollout is one contiguous row of ids, `x1 y1 p1 y2`,
-with a mask for each attempt, so that one forward pass scores both. An attempt's end-of-turn token
-is an action like any other, inside its mask; prompt and instruction are context, outside both.
+with the turn of each token, so that one forward pass scores both. An attempt's end-of-turn token
+is an action like any other, of its turn; prompt and instruction are context, of none. Further
+attempts, where somebody wants them, are further turns: `p1 y3` and so on.
 The law that is sampled is the law that is scored: same temperature, no truncation in training.
 
     python -c "import rollout as r; print(r.encode(r.toy_encoding(), '12+34=46<|end|>'))"
 
 Dimension key: B rows, T tokens, S = T - 1 scored positions (position s predicts token s + 1),
-N tokens of one attempt, C tokens of a chunk that is read, V vocabulary.
+N tokens of one attempt, K attempts, C tokens of a chunk that is read, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -139,21 +140,29 @@ def sample_turn(
 class Rollout:
     """Two attempts at each problem, as rows `x1 y1 p1 y2`, contiguous from 0, padded on the right.
 
-    ids_BT: int64. length_B: real tokens of each row. mask1_BS, mask2_BS: bool, position s is True
-    where token s + 1 belongs to attempt 1 or 2, end-of-turn token included. logp_BS: the sampler's
-    log-probability of token s + 1 (nats), 0 outside the masks. truncated1_B, truncated2_B: bool,
-    the attempt did not end within the limit. offline1_B: bool, attempt 1 was written by another
-    model, and so is context, not an action of the policy.
+    ids_BT: int64. length_B: real tokens of each row. turn_BS: int64, the attempt (1, 2, ..) that
+    token s + 1 belongs to, end-of-turn token included, 0 for context. logp_BS: the sampler's
+    log-probability of token s + 1 (nats), 0 for context. truncated_BK: bool, the attempt did not
+    end within the limit. offline1_B: bool, attempt 1 was written by another model, and so is
+    context, not an action of the policy.
     """
 
     ids_BT: torch.Tensor
     length_B: torch.Tensor
-    mask1_BS: torch.Tensor
-    mask2_BS: torch.Tensor
+    turn_BS: torch.Tensor
     logp_BS: torch.Tensor
-    truncated1_B: torch.Tensor
-    truncated2_B: torch.Tensor
+    truncated_BK: torch.Tensor
     offline1_B: torch.Tensor
+
+    @property
+    def mask1_BS(self) -> torch.Tensor:
+        """Bool: does token s + 1 belong to attempt 1?"""
+        return self.turn_BS == 1
+
+    @property
+    def mask2_BS(self) -> torch.Tensor:
+        """Bool: does token s + 1 belong to attempt 2?"""
+        return self.turn_BS == 2
 
     def rows(self, at: slice | torch.Tensor) -> "Rollout":
         """Return some rows (a slice, or booleans [B]), with the padding that they alone need."""
@@ -161,8 +170,8 @@ class Rollout:
         return Rollout(
             self.ids_BT[at, :T],
             self.length_B[at],
-            *(getattr(self, name)[at, : T - 1] for name in ("mask1_BS", "mask2_BS", "logp_BS")),
-            *(getattr(self, name)[at] for name in ("truncated1_B", "truncated2_B", "offline1_B")),
+            *(getattr(self, name)[at, : T - 1] for name in ("turn_BS", "logp_BS")),
+            *(getattr(self, name)[at] for name in ("truncated_BK", "offline1_B")),
         )
 
 
@@ -201,25 +210,32 @@ def attempt_mask(T: int, before_B: torch.Tensor, n_B: torch.Tensor) -> torch.Ten
     return (target_S >= before_B[:, None]) & (target_S < (before_B + n_B)[:, None])
 
 
-def assemble(prompt, turn1: Turn, instruction, turn2: Turn, offline1_B=None) -> Rollout:
+def assemble(prompt, turns: list[Turn], instruction, offline1_B=None) -> Rollout:
     """Lay out prompts, attempts and instructions (prompt and instruction: ids [B, C], n [B])."""
-    attempt1, attempt2 = (turn1.ids_BN, turn1.n_B), (turn2.ids_BN, turn2.n_B)
-    pieces = [prompt, attempt1, instruction, attempt2]
-    zeros = [(torch.zeros_like(ids_BC), n_B) for ids_BC, n_B in pieces]
-    logp1, logp2 = (turn1.logp_BN, turn1.n_B), (turn2.logp_BN, turn2.n_B)
+    pieces, logps, before = [prompt], [as_zeros(prompt)], []
+    for turn in turns:
+        if len(pieces) > 1:
+            pieces.append(instruction)
+            logps.append(as_zeros(instruction))
+        before.append(sum(n_B for _, n_B in pieces))
+        pieces.append((turn.ids_BN, turn.n_B))
+        logps.append((turn.logp_BN, turn.n_B))
     ids_BT = join(pieces, torch.long)
     T = ids_BT.shape[1]
-    before2_B = prompt[1] + turn1.n_B + instruction[1]
+    masks = [attempt_mask(T, b, turn.n_B) for b, turn in zip(before, turns, strict=True)]
     return Rollout(
         ids_BT,
-        before2_B + turn2.n_B,
-        attempt_mask(T, prompt[1], turn1.n_B),
-        attempt_mask(T, before2_B, turn2.n_B),
-        join([zeros[0], logp1, zeros[2], logp2], turn1.logp_BN.dtype)[:, 1:],
-        turn1.truncated_B,
-        turn2.truncated_B,
-        torch.zeros_like(turn1.truncated_B) if offline1_B is None else offline1_B,
+        sum(n_B for _, n_B in pieces),
+        sum(k * mask_BS for k, mask_BS in enumerate(masks, 1)),
+        join(logps, turns[0].logp_BN.dtype)[:, 1:],
+        torch.stack([turn.truncated_B for turn in turns], dim=1),
+        torch.zeros_like(turns[0].truncated_B) if offline1_B is None else offline1_B,
     )
+
+
+def as_zeros(piece: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a piece of the same lengths, all 0."""
+    return torch.zeros_like(piece[0]), piece[1]
 
 
 @torch.no_grad()
@@ -234,10 +250,11 @@ def rollout(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    attempts: int = 2,
     author1: GPT | None = None,
     offline1_B: torch.Tensor | None = None,
 ) -> Rollout:
-    """Sample two attempts at each problem.
+    """Sample two attempts at each problem, or more.
 
     Args:
       prompts: the ids of each x1, of any lengths. instruction: the ids of p1.
@@ -253,7 +270,7 @@ def rollout(
         max_new=max_new, end_id=end_id, generator=generator,
         temperature=temperature, top_k=top_k, top_p=top_p,
     )  # fmt: skip
-    slots = C + max_new + len(instruction) + max_new
+    slots = C + attempts * max_new + (attempts - 1) * len(instruction)
     cache = Cache(model, B, slots)
     turn1 = sample_turn(model, cache, *prompt, **law)
     if author1 is not None:
@@ -262,12 +279,15 @@ def rollout(
         cache = Cache(model, B, slots)
         read_B = prompt[1] + turn1.n_B - 1
         model.hidden(join([prompt, (turn1.ids_BN, turn1.n_B)], torch.long), cache, read_B)
-    # an attempt's last token was sampled but never fed to the model: turn 2 reads it first
-    unread_B1 = turn1.ids_BN.gather(1, turn1.n_B[:, None] - 1)
     order_BC = torch.tensor(instruction, device=device).expand(B, -1)
     n_order_B = torch.full_like(turn1.n_B, len(instruction))
-    turn2 = sample_turn(model, cache, torch.cat([unread_B1, order_BC], dim=1), n_order_B + 1, **law)
-    return assemble(prompt, turn1, (order_BC, n_order_B), turn2, offline1_B)
+    turns = [turn1]
+    while len(turns) < attempts:
+        # an attempt's last token was sampled but never fed to the model: the next turn reads it
+        unread_B1 = turns[-1].ids_BN.gather(1, turns[-1].n_B[:, None] - 1)
+        chunk_BC = torch.cat([unread_B1, order_BC], dim=1)
+        turns.append(sample_turn(model, cache, chunk_BC, n_order_B + 1, **law))
+    return assemble(prompt, turns, (order_BC, n_order_B), offline1_B)
 
 
 def choose(pick_B: torch.Tensor, a: Turn, b: Turn) -> Turn:
@@ -287,42 +307,52 @@ def choose(pick_B: torch.Tensor, a: Turn, b: Turn) -> Turn:
 # --- reading a rollout back -----------------------------------------------------------------------
 
 
-def attempts(ids_BT, mask_BS, truncated_B, encoding: tiktoken.Encoding) -> list[str]:
+def written(r: Rollout, turn: int) -> list[list[int]]:
+    """Return each row's attempt as ids, its end-of-turn token included."""
+    rows = zip(r.ids_BT[:, 1:].tolist(), (r.turn_BS == turn).tolist(), strict=True)
+    return [[token for token, inside in zip(*row, strict=True) if inside] for row in rows]
+
+
+def texts(r: Rollout, turn: int) -> list[str]:
     """Return each row's attempt as text, without its end-of-turn token."""
-    rows = zip(ids_BT[:, 1:].tolist(), mask_BS.tolist(), truncated_B.tolist(), strict=True)
-    texts = []
-    for ids, mask, truncated in rows:
-        own = [token for token, inside in zip(ids, mask, strict=True) if inside]
-        texts.append(encoding.decode(own if truncated else own[:-1]))
-    return texts
+    cut_B, encoding = r.truncated_BK[:, turn - 1].tolist(), toy_encoding()
+    rows = zip(written(r, turn), cut_B, strict=True)
+    return [encoding.decode(ids if cut else ids[:-1]) for ids, cut in rows]
 
 
-def grade(r: Rollout, problems: list[verify.Problem]) -> tuple[torch.Tensor, ...]:
-    """Return the rewards of both attempts, float32 [B] each: 0, 1, or nan without a verdict.
+def grade(r: Rollout, problems: list[verify.Problem]) -> list[torch.Tensor]:
+    """Return the rewards of each attempt, float32 [B]: 0, 1, or nan without a verdict.
 
     There is no verdict where the verifier failed or the gold answer is unreadable. That is never
     scored as 0: whoever trains or measures leaves the problem out, and counts it.
     """
-    encoding, rewards = toy_encoding(), []
-    for mask_BS, cut_B in ((r.mask1_BS, r.truncated1_B), (r.mask2_BS, r.truncated2_B)):
-        answers = attempts(r.ids_BT, mask_BS, cut_B, encoding)
+    rewards = []
+    for turn, cut_B in enumerate(r.truncated_BK.unbind(dim=1), 1):
         verdicts = [
             verify.judge(problem, answer, cut)
-            for answer, problem, cut in zip(answers, problems, cut_B.tolist(), strict=True)
+            for answer, problem, cut in zip(texts(r, turn), problems, cut_B.tolist(), strict=True)
         ]
         values = [float("nan") if v.reward is None else float(v.reward) for v in verdicts]
         rewards.append(torch.tensor(values, device=cut_B.device))
-    return tuple(rewards)
+    return rewards
+
+
+def lay_out(prompts, firsts, seconds, device) -> Rollout:
+    """Lay out rows of ids (prompts, first and second attempts) as a rollout does its samples."""
+    turns = []
+    for attempts in (firsts, seconds):
+        ids_BN, n_B = pad(attempts, device)
+        zeros_BN = torch.zeros(ids_BN.shape, device=device)
+        turns.append(Turn(ids_BN, n_B, zeros_BN, torch.zeros_like(n_B, dtype=torch.bool)))
+    instruction = pad([encode(toy_encoding(), REVISE)] * len(prompts), device)
+    return assemble(pad(prompts, device), turns, instruction)
 
 
 def read_documents(documents, device) -> Rollout:
-    """Lay out documents (prompt, draft, revision) exactly as a rollout lays out its samples."""
-    encoding, turns = toy_encoding(), []
-    prompts, drafts, revisions = zip(*documents, strict=True)
-    for texts in (drafts, revisions):
-        ids_BN, n_B = pad([encode(encoding, text + END) for text in texts], device)
-        zeros_BN = torch.zeros(ids_BN.shape, device=device)
-        turns.append(Turn(ids_BN, n_B, zeros_BN, torch.zeros_like(n_B, dtype=torch.bool)))
-    prompt = pad([encode(encoding, text) for text in prompts], device)
-    instruction = pad([encode(encoding, REVISE)] * len(documents), device)
-    return assemble(prompt, turns[0], instruction, turns[1])
+    """Lay out documents: prompt, draft, revision, the last two without their end of turn."""
+    encoding = toy_encoding()
+    prompts, drafts, revisions = (
+        [encode(encoding, text + end) for text in column]
+        for column, end in zip(zip(*documents, strict=True), ("", END, END), strict=True)
+    )
+    return lay_out(prompts, drafts, revisions, device)

@@ -26,7 +26,11 @@ import verify
 from model import GPT, GPTConfig
 from rollout import toy_encoding
 
-METHODS = ("score", "multi_turn", "single_turn", "no_stage1", "no_bonus")
+METHODS = (
+    "score", "base", "multi_turn", "single_turn", "no_stage1", "no_bonus", "star", "star_plus",
+    "pair_sft", "pair_sft_plus", "star_stage2", "three_turn",
+)  # fmt: skip
+SUPERVISED = ("sft", "star", "pair_sft")  # objectives that imitate; all others reinforce
 
 # --- settings: one line a knob --------------------------------------------------------------------
 
@@ -90,7 +94,10 @@ class Config:
     beta2: float = knob(4.0, "weight of the KL that holds attempt 1 in Stage I", 0, 1e6)
     adaptive_beta2: bool = knob(False, "balance beta2's KL with attempt 2's reward")
     kl: str = knob("exact", "estimator of the KL", choices=("exact", "k1"))
-    offline: float = knob(0, "share of Stage II's problems with the base's attempt 1", 0, 0.99)
+    offline: float = knob(0, "share of Stage II's problems with the base's attempt 1", 0, 1)
+    gamma: float = knob(0, "share of attempt 2's return that attempt 1 earns, too", 0, 1)
+    leak: bool = knob(False, "pay the progress bonus to attempt 1, too: a known mistake")
+    iterations: int = knob(3, "how often STaR samples anew from what it has become", 1, 1000)
     select: str = knob("best", "which weights the last phase keeps", choices=("best", "last"))
     # reports
     eval_n: int = knob(2000, "held-out problems in the final table", 1, 10**6)
@@ -119,6 +126,10 @@ class Config:
                              "must add up to at most 1")  # fmt: skip
         if self.rounds > min(self.stage1_steps, self.stage2_steps):
             raise ValueError(f"--rounds must be at most the steps of a stage, got {self.rounds}")
+        if self.iterations > self.stage2_steps:
+            raise ValueError(
+                f"--iterations must be at most the steps of Stage II, got {self.iterations}"
+            )
         self.model()
 
     def attempt_limit(self) -> int:
@@ -126,25 +137,29 @@ class Config:
         return self.max_new or self.digits + 2
 
     def model(self) -> GPTConfig:
-        """Return the sizes of the model, which must hold a prompt, two attempts, an instruction."""
+        """Return the sizes of the model, which must hold a prompt and ten attempts."""
         encoding = toy_encoding()
         return GPTConfig(
             encoding.n_vocab, self.n_layer, self.n_head, self.n_kv_head, self.d_model, self.d_ff,
             rope_theta=self.rope_theta, qkv_bias=self.qkv_bias,
-            max_positions=2 * self.digits + 2 + 2 * self.attempt_limit() + 1,
+            max_positions=2 * self.digits + 2 + 10 * (self.attempt_limit() + 1),
         )  # fmt: skip
 
 
 class Phase(NamedTuple):
     """One phase of a run: what is optimised and for how long.
 
-    objective: "sft", "stage1", "stage2", or "single_turn", which rewards attempt 1 alone.
+    objective: "sft", "stage1", "stage2"; "single_turn", which rewards attempt 1 alone; "stage1b",
+    which rewards attempt 3; "star" and "pair_sft", which imitate.
+    attempts: how many are sampled. plus: imitate also what was right at both attempts.
     """
 
     name: str
     objective: str
     steps: int
     alpha: float = 0.0
+    attempts: int = 2
+    plus: bool = False
 
 
 def schedule(c: Config) -> list[Phase]:
@@ -152,28 +167,56 @@ def schedule(c: Config) -> list[Phase]:
 
     >>> [(p.name, p.steps) for p in schedule(Config(rounds=2, stage1_steps=3, stage2_steps=4))]
     [('base', 1500), ('stage1-1', 1), ('stage2-1', 2), ('stage1-2', 2), ('score', 2)]
+    >>> [(p.name, p.steps) for p in schedule(Config(method="star"))]
+    [('base', 1500), ('star-1', 33), ('star-2', 33), ('star', 34)]
     """
     base, both = Phase("base", "sft", c.sft_steps), c.stage1_steps + c.stage2_steps
-    one_phase = {  # methods without stages, for as many steps as SCoRe has in both
-        "multi_turn": Phase("multi_turn", "stage2", both),  # eq. 4 without the bonus
-        "no_stage1": Phase("no_stage1", "stage2", both, c.alpha),
-        "single_turn": Phase("single_turn", "single_turn", both),
+    stage1 = Phase("stage1", "stage1", c.stage1_steps)
+    whole = {  # all phases of methods without both stages, for as many steps as SCoRe has in both
+        "base": [],
+        "multi_turn": [Phase("multi_turn", "stage2", both)],  # eq. 4 without the bonus
+        "no_stage1": [Phase("no_stage1", "stage2", both, c.alpha)],
+        "single_turn": [Phase("single_turn", "single_turn", both)],
+        "star": split(Phase("star", "star", both), c.iterations),
+        "star_plus": split(Phase("star_plus", "star", both, plus=True), c.iterations),
+        "pair_sft": [Phase("pair_sft", "pair_sft", both)],
+        "pair_sft_plus": [Phase("pair_sft_plus", "pair_sft", both, plus=True)],
+        "star_stage2": [
+            stage1,
+            *split(Phase("star_stage2", "star", c.stage2_steps, plus=True), c.iterations),
+        ],
+        "three_turn": [  # ICLR's appendix: Stage I in two halves, then three attempts
+            *(
+                half._replace(name=name, objective=name, attempts=attempts)
+                for half, name, attempts in zip(
+                    split(stage1, 2), ("stage1", "stage1b"), (2, 3), strict=True
+                )
+            ),
+            Phase("three_turn", "stage2", c.stage2_steps, c.alpha, attempts=3),
+        ],
     }
-    if c.method in one_phase:
-        return [base, one_phase[c.method]]
-    alpha = 0.0 if c.method == "no_bonus" else c.alpha
-    phases = [base]
-    for i in range(c.rounds):
-        end = "" if c.rounds == 1 else f"-{i + 1}"
-        share1, share2 = (
-            steps * (i + 1) // c.rounds - steps * i // c.rounds
-            for steps in (c.stage1_steps, c.stage2_steps)
-        )
-        phases += [
-            Phase("stage1" + end, "stage1", share1),
-            Phase("stage2" + end, "stage2", share2, alpha),
-        ]
-    return [*phases[:-1], phases[-1]._replace(name=c.method)]
+    if c.method in whole:
+        return [base, *whole[c.method]]
+    stage2 = Phase("stage2", "stage2", c.stage2_steps, 0.0 if c.method == "no_bonus" else c.alpha)
+    rounds = zip(split(stage1, c.rounds), split(stage2, c.rounds), strict=True)
+    phases = [phase for both in rounds for phase in both]
+    if c.rounds > 1:
+        phases[-2] = phases[-2]._replace(name=f"stage1-{c.rounds}")
+    return [base, *phases[:-1], phases[-1]._replace(name=c.method)]
+
+
+def split(phase: Phase, n: int) -> list[Phase]:
+    """Return a phase in n parts, as equal as can be; the last keeps its name.
+
+    >>> [(p.name, p.steps) for p in split(Phase("a", "sft", 5), 3)]
+    [('a-1', 1), ('a-2', 2), ('a', 2)]
+    """
+    ends = [phase.steps * i // n for i in range(n + 1)]
+    names = [*(f"{phase.name}-{i}" for i in range(1, n)), phase.name]
+    return [
+        phase._replace(name=name, steps=end - start)
+        for name, start, end in zip(names, ends[:-1], ends[1:], strict=True)
+    ]
 
 
 def parse(argv: list[str]) -> tuple[Config | None, Path, Path | None]:
@@ -234,6 +277,7 @@ class Run:
     folder: Path
     policy: GPT
     base: GPT | None  # frozen; None until the base is trained
+    previous: GPT | None  # frozen: the policy as the phase before left it
     optimizer: torch.optim.Optimizer
     best: dict | None  # weights of the best block
     problem_rng: np.random.Generator
@@ -248,7 +292,16 @@ def new_run(c: Config, folder: Path) -> Run:
     sampler = torch.Generator(c.device).manual_seed(int(samples >> 1))
     rng = np.random.default_rng(int(problems))
     return Run(
-        c, folder, policy, None, new_optimizer(policy), None, rng, sampler, Progress(beta2=c.beta2)
+        c,
+        folder,
+        policy,
+        None,
+        None,
+        new_optimizer(policy),
+        None,
+        rng,
+        sampler,
+        Progress(beta2=c.beta2),
     )
 
 
@@ -355,7 +408,7 @@ def take_base(run: Run, folder: Path) -> dict:
         run.problem_rng.bit_generator.state = json.loads(content["problem_rng"])
     except (KeyError, RuntimeError, TypeError):
         raise ValueError(f"{folder / 'base.pt'} does not fit {folder / 'config.json'}") from None
-    run.base = copy.deepcopy(run.policy).requires_grad_(False)
+    run.base = run.previous = copy.deepcopy(run.policy).requires_grad_(False)
     run.progress.phase = 1
     return content
 
@@ -424,6 +477,9 @@ def restore(folder: Path) -> Run:
         run.problem_rng.bit_generator.state = json.loads(content["problem_rng"])
         run.sampler.set_state(content["sampler"])
         run.progress = Progress(**content["progress"])
+        if 0 < run.progress.phase:
+            before = schedule(config)[run.progress.phase - 1]
+            run.previous = read_phase(folder, before, config)[0].requires_grad_(False)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         raise ValueError(f"{path} does not fit {folder / 'config.json'}") from None
     return run

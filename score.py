@@ -43,13 +43,16 @@ from rollout import (
     Rollout,
     encode,
     grade,
+    lay_out,
     read_documents,
     rollout,
     token_law,
     toy_encoding,
+    written,
 )
 from run import (
     BLOCK,
+    SUPERVISED,
     Config,
     Phase,
     Progress,
@@ -159,28 +162,39 @@ def loss_stage1(logp_BS, mask2_BS, kl1_B, kl2_B, reward2_B, G: int, beta1: float
 
 
 def loss_stage2(
-    logp_BS, mask1_BS, mask2_BS, kl1_B, kl2_B, reward1_B, reward2_B, G: int, alpha, beta1
-):
+    logp_BS, mask1_BS, mask2_BS, kl1_B, kl2_B, reward1_B, reward2_B, G: int, alpha, beta1,
+    gamma=0.0, leak=False,
+):  # fmt: skip
     """Return Stage II's loss of each row: both attempts are rewarded, the second with the bonus.
 
     Source: arXiv 2409.12917v2, eq. 4 with r2 replaced by eq. 5; gamma = 0 (appendix A.2).
+
+    Args:
+      gamma, leak: what the paper does *not* do, to show why: attempt 1 earns gamma times attempt
+        2's return, or the bonus, too. Then r1 weighs 1 - alpha gamma or 1 - alpha in attempt 1's
+        return, and where that is negative it pays to answer wrongly first.
     """
     return2_B = shaped_reward(reward1_B, reward2_B, alpha)
-    advantage1_B = reward1_B - leave_one_out(reward1_B, G)
+    return1_B = reward1_B + gamma * return2_B
+    if leak:
+        return1_B = return1_B + alpha * (reward2_B - reward1_B)
+    advantage1_B = return1_B - leave_one_out(return1_B, G)
     advantage2_B = return2_B - leave_one_out(return2_B, G)
     gain1_B = reinforce(logp_BS, mask1_BS, advantage1_B)
     gain2_B = reinforce(logp_BS, mask2_BS, advantage2_B)
     return beta1 * (kl1_B + kl2_B) - gain1_B - gain2_B
 
 
-def loss_single_turn(logp_BS, mask1_BS, kl1_B, reward1_B, G: int, beta1):
-    """Return single-turn RL's loss of each row (a baseline): attempt 1 is rewarded, and no more.
+def loss_attempt(logp_BS, mask_BS, kl_B, return_B, G: int, beta1):
+    """Return the loss of one attempt by itself, of each row.
 
-    Source: arXiv 2409.12917v2, eq. 1, and the row "w/o multi-turn training" of its ablations. The
-    second attempt is sampled all the same, to be logged; nothing trains it.
+    Of attempt 1 and its reward it is single-turn RL, a baseline (arXiv 2409.12917v2, eq. 1, and the
+    row "w/o multi-turn training" of its ablations): the second attempt is sampled all the same, to
+    be logged, and nothing trains it. Of attempt 3 and its shaped reward it is what a third attempt
+    adds to Stage II.
     """
-    advantage_B = reward1_B - leave_one_out(reward1_B, G)
-    return beta1 * kl1_B - reinforce(logp_BS, mask1_BS, advantage_B)
+    advantage_B = return_B - leave_one_out(return_B, G)
+    return beta1 * kl_B - reinforce(logp_BS, mask_BS, advantage_B)
 
 
 def loss_sft(logp_BS, mask_BS):
@@ -192,7 +206,7 @@ def loss_sft(logp_BS, mask_BS):
 
 
 def score_terms(policy: GPT, base: GPT, r: Rollout, temperature: float, kl: str):
-    """Return what the losses need of a rollout: logp_BS with gradient, kl1_B and kl2_B.
+    """Return what the losses need of a rollout: logp_BS with gradient, and the KL_B of each turn.
 
     All are of the law that was sampled: logits / temperature, for policy and base alike. The KL of
     an attempt that another model wrote is 0, as is its policy gradient (`own_mask1`).
@@ -202,7 +216,7 @@ def score_terms(policy: GPT, base: GPT, r: Rollout, temperature: float, kl: str)
     with torch.no_grad():
         ref_law_BSV = token_law(base(ids_BS), temperature)
     logp_BS = of_tokens(law_BSV, r)
-    turns = (own_mask1(r), r.mask2_BS)
+    turns = [own_mask1(r), *(r.turn_BS == k for k in range(2, r.truncated_BK.shape[1] + 1))]
     if kl == "exact":
         return logp_BS, *(kl_exact(law_BSV, ref_law_BSV, logp_BS, mask_BS) for mask_BS in turns)
     ref_logp_BS = of_tokens(ref_law_BSV, r)
@@ -246,13 +260,13 @@ def descend(run: Run) -> float:
     return norm.item()
 
 
-def sample(model: GPT, c: Config, problems, generator, temperature, **offline) -> Rollout:
-    """Sample two attempts at each problem (`offline`: author1 and offline1_B of `rollout`)."""
+def sample(model: GPT, c: Config, problems, generator, temperature, **more) -> Rollout:
+    """Sample two attempts at each problem (`more`: attempts, author1, offline1_B of `rollout`)."""
     encoding = toy_encoding()
     return rollout(
         model, [encode(encoding, problem.prompt) for problem in problems], encode(encoding, REVISE),
         max_new=c.attempt_limit(), end_id=encode(encoding, END)[0], generator=generator,
-        temperature=temperature, **offline,
+        temperature=temperature, **more,
     )  # fmt: skip
 
 
@@ -277,67 +291,150 @@ def check_sampler(policy: GPT, c: Config) -> None:
 
 def sampler_gap(logp_BS, r: Rollout) -> float:
     """Return the largest difference of trainer and sampler over the policy's own tokens (nats)."""
-    return ((logp_BS - r.logp_BS) * (own_mask1(r) | r.mask2_BS)).abs().max().item()
+    return ((logp_BS - r.logp_BS) * (own_mask1(r) | (r.turn_BS > 1))).abs().max().item()
+
+
+def collect(run: Run, author: GPT, **more) -> tuple[Rollout, list, list[torch.Tensor], float]:
+    """Let `author` attempt fresh problems, `--group` rows each, side by side.
+
+    Return the rollout, its problems, the reward of each attempt, and the share of rows dropped: a
+    problem with a row that got no verdict is left out, whole, so that every group has its baseline.
+    """
+    c = run.config
+    drawn = verify.problems(c.batch // c.group, "train", run.problem_rng, c.digits, c.split_seed)
+    problems = [problem for problem in drawn for _ in range(c.group)]
+    r = sample(author, c, problems, run.sampler, c.temperature, **more)
+    rewards = grade(r, problems)
+    keep_B = all_judged(sum(rewards), c.group)
+    judged = [problems[i] for i in keep_B.nonzero()[:, 0].tolist()]
+    return r.rows(keep_B), judged, [x[keep_B] for x in rewards], 1 - len(judged) / c.batch
 
 
 def rl_step(run: Run, phase: Phase) -> dict:
-    """Sample two attempts at fresh problems, take one step of Stage I or II; return what is logged.
+    """Sample attempts at fresh problems, take one step of a phase; return what is logged.
 
-    The gradient is that of the mean over all rows, whatever the micro-batch. A problem with a row
-    that got no verdict is left out, whole, so that every group keeps its baseline.
+    The gradient is that of the mean over all rows, whatever the micro-batch.
     """
     c, p = run.config, run.progress
-    n_problems = c.batch // c.group
-    drawn = verify.problems(n_problems, "train", run.problem_rng, c.digits, c.split_seed)
-    problems = [problem for problem in drawn for _ in range(c.group)]
-    offline = {}
+    more = {} if phase.attempts == 2 else {"attempts": phase.attempts}
     if c.offline and phase.objective == "stage2":
         rows_B = torch.arange(c.batch, device=c.device)
-        offline1_B = rows_B < round(c.offline * n_problems) * c.group
-        offline = dict(author1=run.base, offline1_B=offline1_B)
-    r = sample(run.policy, c, problems, run.sampler, c.temperature, **offline)
-    reward1_B, reward2_B = grade(r, problems)
-    keep_B = all_judged(reward1_B + reward2_B, c.group)
-    r, reward1_B, reward2_B = r.rows(keep_B), reward1_B[keep_B], reward2_B[keep_B]
-    B, own_B = len(reward1_B), ~r.offline1_B
-    if not own_B.any():
+        offline1_B = rows_B < round(c.offline * (c.batch // c.group)) * c.group
+        more |= dict(author1=run.base, offline1_B=offline1_B)
+    r, _, rewards, dropped = collect(run, run.policy, **more)
+    B, own_B = len(r.ids_BT), ~r.offline1_B
+    if c.offline < 1 and not own_B.any():
         raise RuntimeError("no verdict on any problem whose first attempt is the policy's own")
+    anchor = run.previous if phase.objective == "stage1b" else run.base
 
     run.optimizer.zero_grad()
     rows = c.micro_batch or c.batch
-    kl1 = kl2 = gap = 0.0
+    kl, gap = torch.zeros(phase.attempts, dtype=torch.float64), 0.0
     for start in range(0, B, rows):
         at = slice(start, start + rows)
         part = r.rows(at)
-        logp_BS, kl1_B, kl2_B = score_terms(run.policy, run.base, part, c.temperature, c.kl)
-        if phase.objective == "stage1":
-            loss_B = loss_stage1(
-                logp_BS, part.mask2_BS, kl1_B, kl2_B, reward2_B[at], c.group, c.beta1, p.beta2
-            )
-        elif phase.objective == "single_turn":
-            loss_B = loss_single_turn(
-                logp_BS, part.mask1_BS, kl1_B, reward1_B[at], c.group, c.beta1
-            )
-        else:
-            loss_B = loss_stage2(
-                logp_BS, own_mask1(part), part.mask2_BS, kl1_B, kl2_B,
-                reward1_B[at], reward2_B[at], c.group, phase.alpha, c.beta1,
-            )  # fmt: skip
+        logp_BS, *kls = score_terms(run.policy, anchor, part, c.temperature, c.kl)
+        loss_B = loss_of(phase, c, p.beta2, part, logp_BS, kls, [x[at] for x in rewards])
         (loss_B.sum() / B).backward()
         gap = max(gap, sampler_gap(logp_BS.detach(), part))
-        kl1, kl2 = kl1 + kl1_B.sum().item(), kl2 + kl2_B.sum().item()
+        kl += torch.stack([kl_B.detach().sum() for kl_B in kls]).cpu()
     grad_norm = descend(run)
 
-    acc_t1, acc_t2 = reward1_B[own_B].mean().item(), reward2_B[own_B].mean().item()
-    kl1, kl2 = kl1 / int(own_B.sum()), kl2 / B
-    log = dict(
-        acc_t1=acc_t1, acc_t2=acc_t2, delta=acc_t2 - acc_t1, kl1=kl1, kl2=kl2, beta2=p.beta2,
-        grad_norm=grad_norm, gap=gap, truncated1=r.truncated1_B.float().mean().item(),
-        truncated2=r.truncated2_B.float().mean().item(), dropped=1 - B / c.batch,
+    kl1, kl2, *kl3 = (kl / torch.tensor([max(1, int(own_B.sum())), *[B] * (len(kl) - 1)])).tolist()
+    log = summary(r, rewards) | dict(
+        kl1=kl1, kl2=kl2, beta2=p.beta2, grad_norm=grad_norm, gap=gap, dropped=dropped
     )  # fmt: skip
+    if kl3:
+        log |= dict(acc_t3=rewards[2].mean().item(), kl3=kl3[0])
     if c.adaptive_beta2 and phase.objective == "stage1":
-        p.beta2 = balanced_beta2(p.beta2, acc_t2, kl1, c.beta2)
+        p.beta2 = balanced_beta2(p.beta2, log["acc_t2"], kl1, c.beta2)
     return log
+
+
+def loss_of(phase: Phase, c: Config, beta2: float, r: Rollout, logp_BS, kls, rewards):
+    """Return [B], the loss that a phase takes of its rows."""
+    mask1_BS, G = own_mask1(r), c.group
+    if phase.objective == "single_turn":
+        return loss_attempt(logp_BS, mask1_BS, kls[0], rewards[0], G, c.beta1)
+    if phase.objective == "stage1":
+        return loss_stage1(logp_BS, r.mask2_BS, *kls, rewards[1], G, c.beta1, beta2)
+    if phase.objective == "stage1b":  # eq. 3 once more, with attempts 1 and 2 held
+        kl12_B = kls[0] + kls[1]
+        return loss_stage1(logp_BS, r.turn_BS == 3, kl12_B, kls[2], rewards[2], G, c.beta1, beta2)
+    loss_B = loss_stage2(
+        logp_BS, mask1_BS, r.mask2_BS, *kls[:2], *rewards[:2], G, phase.alpha, c.beta1,
+        c.gamma, c.leak,
+    )  # fmt: skip
+    if phase.attempts == 3:
+        return3_B = shaped_reward(rewards[1], rewards[2], phase.alpha)
+        loss_B = loss_B + loss_attempt(logp_BS, r.turn_BS == 3, kls[2], return3_B, G, c.beta1)
+    return loss_B
+
+
+def summary(r: Rollout, rewards: list[torch.Tensor]) -> dict:
+    """Return what is logged of sampled attempts; of attempt 1 and 2 in rows that are all its own,
+    if there are any."""
+    of_B = ~r.offline1_B if not r.offline1_B.all() else r.offline1_B
+    acc_t1, acc_t2 = (x[of_B].mean().item() for x in rewards[:2])
+    changed = [a != b for a, b in zip(written(r, 1), written(r, 2), strict=True)]
+    cut1, cut2 = r.truncated_BK[:, :2].float().mean(dim=0).tolist()
+    return dict(
+        acc_t1=acc_t1, acc_t2=acc_t2, delta=acc_t2 - acc_t1, changed=sum(changed) / len(changed),
+        truncated1=cut1, truncated2=cut2,
+    )  # fmt: skip
+
+
+def imitate_step(run: Run, phase: Phase) -> dict:
+    """Take one supervised step on second attempts worth imitating; return what is logged.
+
+    STaR and Pair-SFT, the baselines of arXiv 2409.12917v2, section 4, on the samples of the policy
+    as the phase before left it (the base, or STaR's last iteration): as many samples and updates
+    as a step of reinforcement learning has. Only the second attempt's tokens carry the loss: the
+    first are mistakes, mostly.
+    """
+    c = run.config
+    r, problems, rewards, dropped = collect(run, run.previous)
+    if phase.objective == "star":
+        examples = traces(r, *rewards, phase.plus)
+    else:
+        examples = pairs(r, *rewards, c.group, phase.plus, run.problem_rng)
+    log = summary(r, rewards) | dict(dropped=dropped, examples=len(examples) / c.batch)
+    if not examples:
+        return log | dict(loss=None, grad_norm=0.0)
+    prompts = [encode(toy_encoding(), problems[b].prompt) for b, _ in examples]
+    firsts, seconds = written(r, 1), [second for _, second in examples]
+    rows = lay_out(prompts, [firsts[b] for b, _ in examples], seconds, c.device)
+    logp_BS = of_tokens(token_law(run.policy(rows.ids_BT[:, :-1]), c.temperature), rows)
+    loss = loss_sft(logp_BS, rows.mask2_BS).sum() / rows.mask2_BS.sum()
+    run.optimizer.zero_grad()
+    loss.backward()
+    return log | dict(loss=loss.item(), grad_norm=descend(run))
+
+
+def traces(r: Rollout, reward1_B, reward2_B, plus: bool) -> list[tuple[int, list[int]]]:
+    """Return STaR's examples: rows that went from wrong to right, and their second attempts.
+
+    Source: arXiv 2409.12917v2, section 4, D_STaR; with `plus` D+_STaR, also right to right.
+    """
+    chosen_B = (reward2_B == 1) & ((reward1_B == 0) | plus)
+    seconds = written(r, 2)
+    return [(b, seconds[b]) for b in chosen_B.nonzero()[:, 0].tolist()]
+
+
+def pairs(r: Rollout, reward1_B, reward2_B, G: int, plus: bool, rng: np.random.Generator):
+    """Return Pair-SFT's examples: rows whose first attempt is wrong, each with a right answer drawn
+    from all first and second attempts at its problem; none where no attempt was right.
+
+    Source: arXiv 2409.12917v1, section 4, D_SFT; with `plus` D+_SFT, also right first attempts.
+    """
+    firsts, seconds = written(r, 1), written(r, 2)
+    right = [[] for _ in range(0, len(firsts), G)]  # by problem
+    for attempts, reward_B in ((firsts, reward1_B), (seconds, reward2_B)):
+        for b in (reward_B == 1).nonzero()[:, 0].tolist():
+            right[b // G].append(attempts[b])
+    rows = range(len(firsts)) if plus else (reward1_B == 0).nonzero()[:, 0].tolist()
+    answers = [(b, right[b // G]) for b in rows]
+    return [(b, found[rng.integers(len(found))]) for b, found in answers if found]
 
 
 def all_judged(reward_B, G: int):
@@ -399,9 +496,9 @@ def train_phase(run: Run, phase: Phase, log: BinaryIO, stop: threading.Event) ->
     while p.step < phase.steps and not enough(run, phase):
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(c, phase, p.step)
-        row = sft_step(run) if phase.objective == "sft" else rl_step(run, phase)
+        row = step(run, phase)
         p.step += 1
-        if phase.objective != "sft":
+        if phase.objective not in SUPERVISED:
             judge_block(run, phase, row)
         line = json.dumps({"phase": phase.name, "step": p.step, **row}) + "\n"
         log.write(line.encode())
@@ -424,6 +521,15 @@ def train_phase(run: Run, phase: Phase, log: BinaryIO, stop: threading.Event) ->
     return True
 
 
+def step(run: Run, phase: Phase) -> dict:
+    """Take one step of a phase; return what is logged."""
+    if phase.objective == "sft":
+        return sft_step(run)
+    if phase.objective in SUPERVISED:
+        return imitate_step(run, phase)
+    return rl_step(run, phase)
+
+
 def learning_rate(c: Config, phase: Phase, step: int) -> float:
     """Return the rate of a step (counted from 0): a linear warm-up in every phase; then it falls to
     0 while the base is trained, and is constant in the stages."""
@@ -435,11 +541,12 @@ def learning_rate(c: Config, phase: Phase, step: int) -> float:
 def judge_block(run: Run, phase: Phase, row: dict) -> None:
     """After each block of steps, remember its delta and, in the last phase, the best weights.
 
-    Best by reward on training samples, r1 + r2; only whole blocks are judged.
+    Best by reward on training samples, of all attempts; only whole blocks are judged.
     Source: arXiv 2409.12917v2, section 6, selects checkpoints by training reward.
     """
     p = run.progress
-    p.block.append((row["acc_t1"] + row["acc_t2"], row["delta"]))
+    reward = row["acc_t1"] + row["acc_t2"] + row.get("acc_t3", 0.0)
+    p.block.append((reward, row["delta"]))
     if len(p.block) < BLOCK:
         return
     reward, delta = (sum(values) / BLOCK for values in zip(*p.block, strict=True))
@@ -473,8 +580,9 @@ def finish_phase(run: Run, phase: Phase) -> None:
     )
     content["problem_rng"] = json.dumps(run.problem_rng.bit_generator.state)  # for --base
     save(content, run.folder / f"{phase.name}.pt")
+    run.previous = copy.deepcopy(run.policy).requires_grad_(False)
     if phase.objective == "sft":
-        run.base = copy.deepcopy(run.policy).requires_grad_(False)
+        run.base = run.previous
     run.optimizer, run.best = new_optimizer(run.policy), None
     run.progress = Progress(phase=p.phase + 1, beta2=p.beta2, log_bytes=p.log_bytes)
 
@@ -496,6 +604,11 @@ def show_progress(run: Run, phase: Phase, row: dict, pace: float) -> None:
     if phase.objective == "sft":
         kind = "right" if p.step <= c.clean * c.sft_steps else "mixed"
         line += f"loss {row['loss']:.4f} on {kind} revisions" + 29 * " "
+    elif phase.objective in SUPERVISED:
+        line += (
+            f"author's t1 {100 * row['acc_t1']:5.1f} %  t2 {100 * row['acc_t2']:5.1f} %  "
+            f"imitated {100 * row['examples']:5.1f} %" + 20 * " "
+        )
     else:
         line += (
             f"samples t1 {100 * row['acc_t1']:5.1f} %  t2 {100 * row['acc_t2']:5.1f} %  "

@@ -42,12 +42,12 @@ def parse(r, prompts):
         row, length = r.ids_BT[b].tolist(), int(r.length_B[b])
         assert row[: len(prompt)] == prompt
         at, attempts = len(prompt), []
-        for turn in (r.mask1_BS, r.mask2_BS):
-            inside = [s + 1 for s in range(len(row) - 1) if turn[b, s]]
+        for turn in (1, 2):
+            inside = [s + 1 for s in range(len(row) - 1) if r.turn_BS[b, s] == turn]
             assert inside == list(range(at, at + len(inside))) and inside
             attempts.append(row[at : at + len(inside)])
             at += len(inside)
-            if turn is r.mask1_BS:
+            if turn == 1:
                 assert row[at : at + 3] == INSTRUCTION
                 at += 3
         assert at == length
@@ -63,7 +63,7 @@ def test_a_rollout_is_prompt_attempt_instruction_attempt_without_gaps(n, seed):
     prompts = ragged(n, seed)
     r = sample(short(model()), prompts, seed)
     for b, attempts in enumerate(parse(r, prompts)):
-        for attempt, cut in zip(attempts, (r.truncated1_B[b], r.truncated2_B[b]), strict=True):
+        for attempt, cut in zip(attempts, r.truncated_BK[b], strict=True):
             ended = END in attempt
             assert bool(cut) == (not ended)
             assert len(attempt) == (attempt.index(END) + 1 if ended else 4)
@@ -77,19 +77,19 @@ def test_the_samples_above_cover_all_kinds_of_row():
     r = sample(short(model()), prompts)
     lengths = {len(attempt) for pair in parse(r, prompts) for attempt in pair}
     assert lengths == {1, 2, 3, 4}
-    assert 0.1 < r.truncated1_B.float().mean() < 0.9
+    assert 0.1 < r.truncated_BK[:, 0].float().mean() < 0.9
 
 
 def test_attempts_may_all_be_cut_or_all_be_empty():
     """No token ends an attempt; or, with all logits equal, the likeliest token 0 always does."""
     gpt = short(model())
     never = sample(gpt, ragged(5), end_id=10_000)
-    assert never.truncated1_B.all() and never.truncated2_B.all()
+    assert never.truncated_BK.shape == (5, 2) and never.truncated_BK.all()
     with torch.no_grad():
         gpt.head.weight.zero_()
     at_once = sample(gpt, ragged(5), end_id=0, temperature=0)
     assert [len(a) for pair in parse_with_end(at_once) for a in pair] == [1] * 10
-    assert not (at_once.truncated1_B | at_once.truncated2_B).any()
+    assert not at_once.truncated_BK.any()
 
 
 def parse_with_end(r):
@@ -242,7 +242,7 @@ def test_rows_of_a_rollout_are_its_rows():
     part = r.rows(slice(7, 12))
     assert parse(part, prompts[7:12]) == parse(r, prompts)[7:12]
     assert part.ids_BT.shape[1] == int(r.length_B[7:12].max())
-    assert torch.equal(part.truncated2_B, r.truncated2_B[7:12])
+    assert torch.equal(part.truncated_BK, r.truncated_BK[7:12])
 
 
 def test_the_toy_encoding_is_one_token_a_character_and_reversible():
@@ -255,8 +255,31 @@ def test_the_toy_encoding_is_one_token_a_character_and_reversible():
 
 
 def test_attempts_are_read_back_without_their_end_of_turn():
-    encoding = rollout.toy_encoding()
     ids = torch.tensor([[1, 11, 4, 2, 12, 13, 7, 12], [1, 11, 4, 2, 3, 13, 12, 0]])
-    mask = torch.tensor([[0, 1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 0, 0, 0]], dtype=torch.bool)
-    cut = torch.tensor([False, True])
-    assert rollout.attempts(ids, mask, cut, encoding) == ["42", "423"]
+    turn = torch.tensor([[0, 1, 1, 1, 0, 2, 2], [0, 1, 1, 1, 0, 2, 0]])
+    cut = torch.tensor([[False, False], [True, False]])
+    r = rollout.Rollout(ids, torch.tensor([8, 7]), turn, torch.zeros(2, 7), cut, cut[:, 1])
+    assert rollout.written(r, 1) == [[4, 2, 12], [4, 2, 3]]
+    assert rollout.texts(r, 1) == ["42", "423"] and rollout.texts(r, 2) == ["7", ""]
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 5), st.integers(0, 99))
+def test_further_attempts_are_further_turns(n, seed):
+    """Five attempts in one row, each after an instruction, scored as sampled; the first two are
+    those of a rollout of two."""
+    gpt, prompts = short(model(max_positions=64)), ragged(n, seed)
+    r = sample(gpt, prompts, seed, temperature=0, attempts=5)
+    two = sample(gpt, prompts, seed, temperature=0)
+    for turn in (1, 2):
+        assert rollout.written(r, turn) == rollout.written(two, turn)
+    for b, prompt in enumerate(prompts):
+        row = list(prompt)
+        for turn in range(1, 6):
+            attempt = rollout.written(r, turn)[b]
+            assert bool(r.truncated_BK[b, turn - 1]) == (END not in attempt)
+            for token in attempt:
+                assert gpt(torch.tensor([row])).argmax(-1)[0, -1] == token
+                row.append(token)
+            row += INSTRUCTION
+        assert r.ids_BT[b, : r.length_B[b]].tolist() == row[:-3]

@@ -39,10 +39,10 @@ def finish(folder):
     assert score.train(runs.restore(folder), threading.Event())
 
 
-def outcome(folder):
+def outcome(folder, config=CONFIG):
     """Return all that a run leaves, but for its seconds."""
     files = {"log": (folder / "log.jsonl").read_bytes()}
-    for name in ("base", "stage1", "score", "checkpoint"):
+    for name in (*(phase.name for phase in runs.schedule(config)), "checkpoint"):
         content = runs.load(folder / f"{name}.pt")
         content.get("progress", content).pop("seconds")
         files[name] = flatten(content)
@@ -87,6 +87,22 @@ def test_a_run_stopped_at_every_step_is_still_the_same(tmp_path, uninterrupted):
         stops += 1
     assert stops == STEPS
     assert outcome(folder) == uninterrupted
+
+
+@pytest.mark.parametrize("method", ["star", "pair_sft_plus", "star_stage2", "three_turn"])
+def test_other_methods_resume_bit_for_bit_too(tmp_path, method):
+    """Stopped and killed in turns after every step or two, then compared."""
+    config = runs.Config(**TINY | dict(save_every=2), method=method)
+    assert score.train(runs.create(config, tmp_path / "whole"), threading.Event())
+    runs.create(config, tmp_path / "run")
+    for i in range(50):
+        try:
+            if score.train(runs.restore(tmp_path / "run"), StopAfter(i % 3, die=i % 3 > 0)):
+                break
+        except ZeroDivisionError:
+            pass
+    whole, cut = (outcome(tmp_path / name, config) for name in ("whole", "run"))
+    assert whole == cut and i > 4
 
 
 def test_the_uninterrupted_log_has_a_line_a_step_and_no_clock(uninterrupted):

@@ -87,7 +87,7 @@ def test_micro_batches_padding_and_order_change_nothing(stage, kl):
     padded = copy.copy(r)  # nonsense behind every row, and one more column of it
     beyond = torch.arange(r.ids_BT.shape[1]) >= r.length_B[:, None]
     padded.ids_BT = torch.cat([r.ids_BT.masked_fill(beyond, 2), r.ids_BT[:, :1]], dim=1)
-    for name in ("mask1_BS", "mask2_BS", "logp_BS"):
+    for name in ("turn_BS", "logp_BS"):
         wide = torch.nn.functional.pad(getattr(r, name), (0, 1))
         setattr(padded, name, wide)
     padded.length_B = r.length_B + 1
@@ -141,7 +141,7 @@ def test_offline_first_attempts_are_context_not_actions(kl):
     r.offline1_B = torch.ones_like(r.offline1_B)
     a = gradient(policy, base, r, rewards, "stage2", kl)
     no_turn1 = copy.copy(r)
-    no_turn1.mask1_BS = torch.zeros_like(r.mask1_BS)
+    no_turn1.turn_BS = r.turn_BS.masked_fill(r.mask1_BS, 0)
     assert_same(a, gradient(policy, base, no_turn1, rewards, "stage2", kl))
     r.offline1_B[:] = False
     assert not torch.allclose(a[0], gradient(policy, base, r, rewards, "stage2", kl)[0])

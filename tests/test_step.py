@@ -20,16 +20,20 @@ CONFIG = runs.Config(
 )
 REWARD1 = [1.0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 0, 1]
 REWARD2 = [1.0, 1, 0, 0, 1, 0, 1, 0, 0, 1, 1, 0]
+REWARD3 = [0.0, 1, 1, 0, 1, 0, 0, 1, 0, 0, 1, 1]
+REWARDS = [torch.tensor(x).double() for x in (REWARD1, REWARD2, REWARD3)]
 
 
 def prepared(monkeypatch, tmp_path, config=CONFIG):
     """Return a float64 run whose base differs from its policy, and what its step will have seen."""
     run, seen = runs.new_run(config, tmp_path), {}
     run.policy.double()
-    run.base = copy.deepcopy(run.policy).requires_grad_(False)
-    with torch.no_grad():
-        for i, weight in enumerate(run.base.parameters()):
-            weight.add_(0.1 * torch.cos(torch.arange(weight.numel()).view(weight.shape) + i))
+    for name, size in (("base", 0.1), ("previous", 0.2)):
+        other = copy.deepcopy(run.policy).requires_grad_(False)
+        with torch.no_grad():
+            for i, weight in enumerate(other.parameters()):
+                weight.add_(size * torch.cos(torch.arange(weight.numel()).view(weight.shape) + i))
+        setattr(run, name, other)
     real = rollout.rollout
 
     def watched(model, prompts, *args, **law):
@@ -38,7 +42,7 @@ def prepared(monkeypatch, tmp_path, config=CONFIG):
 
     def graded(r, problems):
         seen.update(problems=problems)
-        return torch.tensor(REWARD1).double(), torch.tensor(REWARD2).double()
+        return [x.clone() for x in REWARDS[: r.truncated_BK.shape[1]]]
 
     monkeypatch.setattr(score, "rollout", watched)
     monkeypatch.setattr(score, "grade", graded)
@@ -53,42 +57,59 @@ def others(values, b, G=3):
 
 def by_rows(run, seen, stage, alpha, rows=range(12)):
     """Return the gradient of one step, row by row and token by token, from the definitions."""
-    c, r, loss, kls = run.config, seen["r"], 0.0, ([], [])
+    c, r, loss = run.config, seen["r"], 0.0
+    attempts = r.truncated_BK.shape[1]
+    kls = [[] for _ in range(attempts)]
     policy = copy.deepcopy(run.policy)
     policy.zero_grad()
-    bonus = [b2 + alpha * (b2 - b1) for b1, b2 in zip(REWARD1, REWARD2, strict=True)]
+    earned = [REWARD1] + [
+        [new + alpha * (new - old) for old, new in zip(before, after, strict=True)]
+        for before, after in ((REWARD1, REWARD2), (REWARD2, REWARD3))
+    ]
     for b in rows:
         ids = r.ids_BT[b : b + 1, : int(r.length_B[b])]
+        reference = run.previous if stage == "stage1b" else run.base
         p = torch.log_softmax(policy(ids)[0] / c.temperature, -1)
-        q = torch.log_softmax(run.base(ids)[0] / c.temperature, -1)
-        if stage == "stage1":
-            pay, weight = (0.0, REWARD2[b] - others(REWARD2, b)), (c.beta1 + 0.9, c.beta1)
-        else:
-            pay = (REWARD1[b] - others(REWARD1, b), bonus[b] - others(bonus, b))
-            weight = (c.beta1, c.beta1)
-        for turn, mask in enumerate((r.mask1_BS, r.mask2_BS)):
+        q = torch.log_softmax(reference(ids)[0] / c.temperature, -1)
+        for turn in range(attempts):
+            last, held = turn == attempts - 1, c.beta1 + 0.9
+            if stage.startswith("stage1"):
+                reward = (REWARD2, REWARD3)[attempts - 2]
+                pay = reward[b] - others(reward, b) if last else 0.0
+                weight = c.beta1 if last else held
+            else:
+                pay, weight = earned[turn][b] - others(earned[turn], b), c.beta1
+            if stage == "single_turn" and turn == 1:
+                pay = weight = 0.0
+            steps = (r.turn_BS[b] == turn + 1).nonzero()[:, 0].tolist()
             if turn == 0 and r.offline1_B[b]:
                 continue
-            steps = mask[b].nonzero()[:, 0].tolist()
             kl = [sum(math.e ** p[s, v] * (p[s, v] - q[s, v]) for v in range(14)) for s in steps]
             kls[turn].append(sum(x.item() for x in kl))
             for i, s in enumerate(steps):
                 future = sum(x.item() for x in kl[i + 1 :])
-                loss = loss + weight[turn] * (kl[i] + p[s, ids[0, s + 1]] * future) / len(rows)
-                loss = loss - pay[turn] * p[s, ids[0, s + 1]] / len(rows)
+                loss = loss + weight * (kl[i] + p[s, ids[0, s + 1]] * future) / len(rows)
+                loss = loss - pay * p[s, ids[0, s + 1]] / len(rows)
     loss.backward()
     return [w.grad for w in policy.parameters()], kls
 
 
+STEPS = [  # stage, share of offline first attempts, attempts
+    ("stage1", 0.5, 2), ("stage2", 0.0, 2), ("stage2", 0.5, 2), ("stage2", 1.0, 2),
+    ("single_turn", 0.0, 2), ("stage1b", 0.0, 3), ("stage2", 0.0, 3),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("micro_batch", [0, 3])
-@pytest.mark.parametrize(("stage", "offline"), [("stage1", 0.5), ("stage2", 0.0), ("stage2", 0.5)])
+@pytest.mark.parametrize(("stage", "offline", "attempts"), STEPS)
 def test_a_whole_step_takes_the_gradient_of_its_definition(
-    monkeypatch, tmp_path, stage, offline, micro_batch
+    monkeypatch, tmp_path, stage, offline, attempts, micro_batch
 ):
     config = replace(CONFIG, offline=offline, micro_batch=micro_batch)
     run, seen = prepared(monkeypatch, tmp_path, config)
     monkeypatch.setattr(run.optimizer, "step", lambda: None)
-    phase = runs.Phase("x", stage, 5, alpha=4.0 if stage == "stage2" else 0.0)
+    alpha = 4.0 if stage == "stage2" else 0.0
+    phase = runs.Phase("x", stage, 5, alpha, attempts)
     log = score.rl_step(run, phase)
     expected, kls = by_rows(run, seen, stage, phase.alpha)
     for weight, gradient in zip(run.policy.parameters(), expected, strict=True):
@@ -97,14 +118,99 @@ def test_a_whole_step_takes_the_gradient_of_its_definition(
     off = seen["r"].offline1_B
     assert off.tolist() == [stage == "stage2" and b < 12 * offline for b in range(12)]
     assert seen.get("author1") is (run.base if off.any() else None)
-    own = [b for b in range(12) if not off[b]]
+    own = [b for b in range(12) if not off[b]] or range(12)  # all are the base's: of all
     assert log["acc_t1"] == pytest.approx(np.mean([REWARD1[b] for b in own]))
     assert log["acc_t2"] == pytest.approx(np.mean([REWARD2[b] for b in own]))
-    assert log["kl1"] == pytest.approx(np.mean(kls[0]))
+    assert log["kl1"] == pytest.approx(np.mean(kls[0]) if kls[0] else 0.0)
     assert log["kl2"] == pytest.approx(np.mean(kls[1]))
+    assert log.get("kl3") == (pytest.approx(np.mean(kls[2])) if attempts == 3 else None)
+    assert log.get("acc_t3") == (pytest.approx(np.mean(REWARD3)) if attempts == 3 else None)
+    seconds = zip(rollout.written(seen["r"], 1), rollout.written(seen["r"], 2), strict=True)
+    assert log["changed"] == pytest.approx(sum(a != b for a, b in seconds) / 12)
     assert log["gap"] < 1e-12
     assert seen["model"] is run.policy and seen["temperature"] == 0.7
     assert seen["generator"] is run.sampler
+
+
+def numbered(n):
+    """Return rows whose attempts are two digits that name row and turn: 01, 02, 11, 12, .."""
+    documents = [("1+1=", f"{b}1", f"{b}2") for b in range(n)]
+    return rollout.read_documents(documents, "cpu")
+
+
+def said(ids):
+    return "".join(str(token) for token in ids if token != END_ID)
+
+
+END_ID = rollout.encode(rollout.toy_encoding(), rollout.END)[0]
+
+
+def test_star_imitates_rows_that_went_from_wrong_to_right():
+    reward1, reward2 = torch.tensor([0.0, 0, 1, 1]), torch.tensor([1.0, 0, 1, 0])
+    for plus, expected in ((False, [(0, "02")]), (True, [(0, "02"), (2, "22")])):
+        found = score.traces(numbered(4), reward1, reward2, plus)
+        assert [(b, said(ids)) for b, ids in found] == expected
+        assert all(ids[-1] == END_ID for _, ids in found)
+
+
+def test_pair_sft_draws_among_all_right_answers_to_the_same_problem():
+    """Rows 0-2 are one problem with right answers 11 and 22, rows 3-5 one with 41, rows 6-8 one
+    without any."""
+    reward1 = torch.tensor([0.0, 1, 0, 0, 1, 0, 0, 0, 0])
+    reward2 = torch.tensor([0.0, 0, 1, 0, 0, 0, 0, 0, 0])
+    rng, seen = np.random.default_rng(0), {}
+    for _ in range(200):
+        for b, ids in score.pairs(numbered(9), reward1, reward2, 3, False, rng):
+            seen.setdefault(b, []).append(said(ids))
+    assert {b: set(found) for b, found in seen.items()} == {
+        0: {"11", "22"}, 2: {"11", "22"}, 3: {"41"}, 5: {"41"}
+    }  # fmt: skip
+    assert all(len(found) == 200 for found in seen.values())
+    assert 70 < seen[0].count("11") < 130
+    plus = score.pairs(numbered(9), reward1, reward2, 3, True, rng)
+    assert [b for b, _ in plus] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("objective", ["star", "pair_sft"])
+def test_imitation_learns_the_second_attempts_of_the_phase_before(monkeypatch, tmp_path, objective):
+    """The samples are those of `run.previous`; the gradient is that of the mean negative
+    log-likelihood of the imitated second attempts' tokens, given problem and first attempt."""
+    run, seen = prepared(monkeypatch, tmp_path)
+    monkeypatch.setattr(run.optimizer, "step", lambda: None)
+    state = run.problem_rng.bit_generator.state
+    log = score.imitate_step(run, runs.Phase("x", objective, 5))
+    assert seen["model"] is run.previous and seen["temperature"] == 0.7
+    assert log["acc_t1"] == pytest.approx(np.mean(REWARD1))
+    assert log["acc_t2"] == pytest.approx(np.mean(REWARD2))
+
+    r, examples = seen["r"], [(b, rollout.written(seen["r"], 2)[b]) for b in (1, 6, 10)]
+    if objective == "pair_sft":  # the same draws, after the same problems
+        run.problem_rng.bit_generator.state = state
+        verify.problems(4, "train", run.problem_rng, run.config.digits)
+        examples = score.pairs(r, *REWARDS[:2], 3, False, run.problem_rng)
+        assert {1, 6, 10} < {b for b, _ in examples}
+    policy, total, tokens = copy.deepcopy(run.policy), 0.0, 0
+    policy.zero_grad()
+    for b, second in examples:
+        context = [*seen["prompts"][b], *rollout.written(r, 1)[b], END_ID + 1]
+        logp = torch.log_softmax(policy(torch.tensor([context + second]))[0] / 0.7, -1)
+        total = total - sum(logp[len(context) - 1 + i, x] for i, x in enumerate(second))
+        tokens += len(second)
+    (total / tokens).backward()
+    assert log["loss"] == pytest.approx(total.item() / tokens)
+    assert log["examples"] == len(examples) / 12
+    for weight, mine in zip(run.policy.parameters(), policy.parameters(), strict=True):
+        torch.testing.assert_close(weight.grad, mine.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_nothing_to_imitate_changes_nothing(monkeypatch, tmp_path):
+    run, _ = prepared(monkeypatch, tmp_path)
+    monkeypatch.setattr(score, "grade", lambda r, problems: [torch.zeros(12), torch.zeros(12)])
+    before = copy.deepcopy(run.policy.state_dict())
+    for objective in ("star", "pair_sft"):
+        log = score.imitate_step(run, runs.Phase("x", objective, 5, plus=True))
+        assert log["examples"] == 0 and log["loss"] is None
+    assert all(torch.equal(x, before[name]) for name, x in run.policy.state_dict().items())
 
 
 def test_rows_of_a_group_are_one_training_problem_side_by_side(monkeypatch, tmp_path):
@@ -183,7 +289,7 @@ def test_the_base_reads_right_revisions_first_and_learns_both_attempts(monkeypat
 def fake_rollout(firsts, seconds, cut1):
     documents = list(zip(["1+1="] * len(firsts), firsts, seconds, strict=True))
     r = rollout.read_documents(documents, "cpu")
-    r.truncated1_B = torch.tensor(cut1)
+    r.truncated_BK[:, 0] = torch.tensor(cut1)
     return r
 
 
@@ -192,11 +298,9 @@ def test_truncated_attempts_are_not_paid():
     problems = [verify.Problem("1+1=", "2")] * 3
     r = fake_rollout(["02", "0", "2"], ["3", "2", "0"], [False, False, False])
     assert [x.tolist() for x in rollout.grade(r, problems)] == [[1, 0, 1], [0, 1, 0]]
-    r.truncated1_B[1] = r.truncated2_B[2] = True
+    r.truncated_BK[1, 0] = r.truncated_BK[2, 1] = True
     r.ids_BT[r.ids_BT == rollout.encode(rollout.toy_encoding(), rollout.END)[0]] = 2
-    encoding = rollout.toy_encoding()
-    assert rollout.attempts(r.ids_BT, r.mask1_BS, r.truncated1_B, encoding)[1] == "02"
-    assert rollout.attempts(r.ids_BT, r.mask2_BS, r.truncated2_B, encoding)[2] == "02"
+    assert rollout.texts(r, 1)[1] == "02" and rollout.texts(r, 2)[2] == "02"
     assert [x.tolist() for x in rollout.grade(r, problems)] == [[1, 0, 1], [0, 1, 0]]
 
 
@@ -240,7 +344,7 @@ def test_problems_without_a_verdict_are_left_out_whole(
 def test_a_batch_whose_own_attempts_got_no_verdict_stops_the_run(monkeypatch, tmp_path):
     run, _ = prepared(monkeypatch, tmp_path, replace(CONFIG, offline=0.5))
     rewards = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 1.0] + [float("nan")] * 6)
-    monkeypatch.setattr(score, "grade", lambda r, problems: (rewards, rewards))
+    monkeypatch.setattr(score, "grade", lambda r, problems: [rewards, rewards])
     with pytest.raises(RuntimeError, match="no verdict"):
         score.rl_step(run, runs.Phase("x", "stage2", 5, alpha=1.0))
 
@@ -248,7 +352,7 @@ def test_a_batch_whose_own_attempts_got_no_verdict_stops_the_run(monkeypatch, tm
 def test_a_batch_without_any_verdict_stops_the_run(monkeypatch, tmp_path):
     run, _ = prepared(monkeypatch, tmp_path)
     nothing = torch.full((12,), float("nan"))
-    monkeypatch.setattr(score, "grade", lambda r, problems: (nothing, nothing))
+    monkeypatch.setattr(score, "grade", lambda r, problems: [nothing, nothing])
     with pytest.raises(RuntimeError, match="no verdict"):
         score.rl_step(run, runs.Phase("x", "stage1", 5))
 

@@ -20,13 +20,13 @@ def test_the_oracle_is_a_probability_and_its_gradient_is_not_small(oracle):
 
 
 @pytest.mark.parametrize("kl", ["exact", "k1"])
-@pytest.mark.parametrize("stage", ["stage1", "stage2", "single_turn"])
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "single_turn", "gamma", "leak"])
 def test_expected_gradient_of_the_loss_is_that_of_the_enumerated_objective(oracle, stage, kl):
     found = truth.expected_gradient(truth.load_program(), oracle, stage, kl)
     assert truth.relative_error(found, oracle.gradients[stage]) <= TOLERANCE
 
 
-STAGE2_GAIN1 = "advantage1_B = reward1_B - leave_one_out(reward1_B, G)"
+STAGE2_GAIN1 = "advantage1_B = return1_B - leave_one_out(return1_B, G)"
 MUTANTS = {
     "bonus leaks into turn 1": [
         ("score.py", STAGE2_GAIN1, "advantage1_B = return2_B - leave_one_out(return2_B, G)")
@@ -51,7 +51,7 @@ MUTANTS = {
         ("score.py", "beta1 * (kl1_B + kl2_B)", "beta1 * (kl1_B.detach() + kl2_B)"),
     ],
     "turn-1 KL multiplies turn 2's tokens": [
-        ("score.py", "turns = (own_mask1(r), r.mask2_BS)", "turns = (r.mask2_BS, r.mask2_BS)")
+        ("score.py", "turns = [own_mask1(r),", "turns = [r.mask2_BS,")
     ],
     "no beta1 KL on turn 2 in Stage I": [
         ("score.py", "(beta1 + beta2) * kl1_B + beta1 * kl2_B", "(beta1 + beta2) * kl1_B")
@@ -76,8 +76,7 @@ MUTANTS = {
         ("score.py", "(k1_BS + after(k1_BS))", "k1_BS"),
     ],
     "KL of turn 2 credited to turn 1": [
-        ("score.py", "turns = (own_mask1(r), r.mask2_BS)",
-         "turns = (own_mask1(r) | r.mask2_BS, r.mask2_BS)")
+        ("score.py", "turns = [own_mask1(r),", "turns = [own_mask1(r) | r.mask2_BS,")
     ],
     "end of turn out of the masks": [
         ("rollout.py", "(target_S < (before_B + n_B)[:, None])",
@@ -87,14 +86,12 @@ MUTANTS = {
         ("rollout.py", "target_S = torch.arange(1, T", "target_S = torch.arange(0, T - 1")
     ],
     "instruction trained": [
-        ("rollout.py", "attempt_mask(T, before2_B, turn2.n_B)",
-         "attempt_mask(T, before2_B - 1, turn2.n_B + 1)")
+        ("rollout.py", "[attempt_mask(T, b, turn.n_B)", "[attempt_mask(T, b - 1, turn.n_B + 1)")
     ],
     "tokens after the end of turn trained": [
-        ("rollout.py", "    pieces = [prompt, attempt1, instruction, attempt2]",
-         "    turn2.n_B = torch.full_like(turn2.n_B, turn2.ids_BN.shape[1])\n"
-         "    attempt2 = (turn2.ids_BN, turn2.n_B)\n"
-         "    pieces = [prompt, attempt1, instruction, attempt2]")
+        ("rollout.py", "    for turn in turns:\n        if len(pieces) > 1:\n",
+         "    for turn in turns:\n        if len(pieces) > 1:\n"
+         "            turn.n_B = torch.full_like(turn.n_B, turn.ids_BN.shape[1])\n")
     ],
     "own-length division": [
         ("score.py", "(score_function(logp_BS) * mask_BS).sum(dim=1) * advantage_B.detach()",
@@ -108,7 +105,7 @@ MUTANTS = {
     ],
     "own turn-2 reward in turn 1's baseline": [
         ("score.py", STAGE2_GAIN1,
-         "advantage1_B = reward1_B - (leave_one_out(reward1_B, G) + reward2_B) / 2")
+         "advantage1_B = return1_B - (leave_one_out(return1_B, G) + reward2_B) / 2")
     ],
     "own reward in the baseline": [
         ("score.py", "((group_PG.sum(dim=1, keepdim=True) - group_PG) / (G - 1))",

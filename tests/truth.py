@@ -8,7 +8,8 @@ for leave-one-out with G = 2) through the shipped code and weights each by its p
 no sampling anywhere, so nothing is tolerated but rounding.
 
 The objective is the paper's with gamma = 0: attempt 2's terms draw attempt 1 from a *frozen* copy
-of the policy (arXiv 2409.12917v2, appendix A.2).
+of the policy (arXiv 2409.12917v2, appendix A.2). Where attempt 1 is made to earn part of attempt
+2's return ("gamma") or the bonus ("leak"), its terms draw attempt 2 from a frozen copy, likewise.
 """
 
 import itertools
@@ -22,7 +23,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 PROMPT, INSTRUCTION, END, LIMIT, V = (0, 2), (2, 0), 1, 2, 3
 RIGHT = {(0, 1), (2, 0), (1,)}  # the attempts that earn 1
-ALPHA, BETA1, BETA2, TEMPERATURE = 3.0, 0.3, 0.7, 0.8
+ALPHA, BETA1, BETA2, GAMMA, TEMPERATURE = 3.0, 0.3, 0.7, 0.6, 0.8
 ATTEMPTS = [(1,), *((a, b) for a in (0, 2) for b in range(V))]
 PAIRS = list(itertools.product(ATTEMPTS, ATTEMPTS))
 
@@ -69,7 +70,7 @@ def tiny_model(program, seed: int):
 
 
 class Oracle:
-    """Exact objectives of Stage I, Stage II and single-turn RL, and their numerical gradients."""
+    """Exact objectives of both stages and their variants, and their numerical gradients."""
 
     def __init__(self):
         program = load_program()
@@ -109,6 +110,7 @@ class Oracle:
         kl1 = kl(PROMPT)
         stage1, stage2 = -(BETA1 + BETA2) * kl1, -BETA1 * kl1
         single_turn = sum(p[PROMPT][y] for y in RIGHT) - BETA1 * kl1
+        gamma = leak = 0.0  # what attempt 1 earns besides its own reward
         for y1 in ATTEMPTS:
             right1, context2 = float(y1 in RIGHT), PROMPT + y1 + INSTRUCTION
             stage2 += p[PROMPT][y1] * right1
@@ -119,7 +121,11 @@ class Oracle:
                 right2, weight = float(y2 in RIGHT), frozen * p[context2][y2]
                 stage1 += weight * right2
                 stage2 += weight * (right2 + ALPHA * (right2 - right1))
-        return {"stage1": stage1, "stage2": stage2, "single_turn": single_turn}
+                weight = p[PROMPT][y1] * self.p0[context2][y2]
+                gamma += weight * GAMMA * (right2 + ALPHA * (right2 - right1))
+                leak += weight * ALPHA * (right2 - right1)
+        return {"stage1": stage1, "stage2": stage2, "single_turn": single_turn,
+                "gamma": stage2 + gamma, "leak": stage2 + leak}  # fmt: skip
 
     @torch.no_grad()
     def differentiate(self, h: float = 2e-5) -> dict:
@@ -154,8 +160,8 @@ def all_rows(program, trajectories):
     def constant(ids):
         return torch.tensor([ids] * len(first)), torch.full((len(first),), len(ids))
 
-    turns = as_turn(program, first), as_turn(program, second)
-    r = program.rollout.assemble(constant(PROMPT), turns[0], constant(INSTRUCTION), turns[1])
+    turns = [as_turn(program, first), as_turn(program, second)]
+    r = program.rollout.assemble(constant(PROMPT), turns, constant(INSTRUCTION))
     rewards = [torch.tensor([float(y in RIGHT) for y in ys]).double() for ys in (first, second)]
     return r, *rewards
 
@@ -173,12 +179,13 @@ def expected_gradient(program, oracle: Oracle, stage: str, kl: str) -> torch.Ten
     if stage == "stage1":
         loss = program.score.loss_stage1(*terms, reward2[i], 2, BETA1, BETA2)
     elif stage == "single_turn":
-        loss = program.score.loss_single_turn(logp[i], r.mask1_BS[i], kl1[i], reward1[i], 2, BETA1)
+        loss = program.score.loss_attempt(logp[i], r.mask1_BS[i], kl1[i], reward1[i], 2, BETA1)
     else:
         mask1 = program.score.own_mask1(r)[i]
         loss = program.score.loss_stage2(
-            logp[i], mask1, *terms[1:], reward1[i], reward2[i], 2, ALPHA, BETA1
-        )
+            logp[i], mask1, *terms[1:], reward1[i], reward2[i], 2, ALPHA, BETA1,
+            gamma=GAMMA if stage == "gamma" else 0.0, leak=stage == "leak",
+        )  # fmt: skip
     weight = p[pairs[:, 0]] * p[pairs[:, 1]]
     (loss.view(-1, 2).mean(dim=1) * weight).sum().backward()
     return -torch.cat([w.grad.reshape(-1) for w in policy.parameters()])
