@@ -7,6 +7,7 @@ Rates among the wrong or right first attempts alone are called repair rate and s
 
     python eval.py runs/score-seed0              # again, from the run's weights: same report.json
     python eval.py runs/score-seed0 --split dev  # on the problems that settings are chosen on
+    python eval.py --study --quick               # methods side by side, trained and measured
 
 Decoding is greedy, and once more at the training temperature to see what the rewards saw.
 Dimension key: N problems.
@@ -15,6 +16,7 @@ Dimension key: N problems.
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -262,9 +264,12 @@ def show(r: dict) -> None:
 
 def main(argv: list[str]) -> int:
     """Evaluate a run, print the report, write it into the run's folder. Return the exit status."""
+    if argv[:1] == ["--study"]:
+        study = Path(__file__).with_name("study.py")
+        return subprocess.run([sys.executable, study, *argv[1:]]).returncode
     parser = argparse.ArgumentParser(
         prog="eval.py", usage=argparse.SUPPRESS, allow_abbrev=False,
-        description="Evaluate a run from its weights.",
+        description="Evaluate a run from its weights; or all methods: see --study --help.",
     )  # fmt: skip
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     parser.add_argument("--split", choices=("test", "dev"), default="test", help="which problems")
