@@ -25,8 +25,8 @@ import torch
 
 import verify
 from model import GPT
-from rollout import attempts, grade, toy_encoding
-from run import Config, commit, read_about, read_phase, schedule
+from rollout import attempts, encoding_of, grade
+from run import Config, commit, draw, read_about, read_phase, schedule
 from score import all_judged, sample
 
 # --- intervals ------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def evaluate(model: GPT, c: Config, problems: list[verify.Problem], temperature:
     Greedy at temperature 0; above, sampled from a generator of its own, always the same.
     """
     generator = torch.Generator(c.device).manual_seed(0)
-    r, encoding = sample(model, c, problems, generator, temperature), toy_encoding()
+    r, encoding = sample(model, c, problems, generator, temperature), encoding_of(c.task)
     reward1_N, reward2_N = grade(r, problems)
     keep_N = all_judged(reward1_N + reward2_N, 1)
     r, judged = r.rows(keep_N), [problems[i] for i in keep_N.nonzero()[:, 0].tolist()]
@@ -218,7 +218,7 @@ def report(folder: Path, split: str, n: int) -> dict:
       ValueError: there is no run, no finished phase, or a damaged checkpoint.
     """
     c, about = read_about(folder)
-    problems = verify.problems(n, split, np.random.default_rng(0), c.digits, c.split_seed)
+    problems = draw(c, n, split, np.random.default_rng(0))
     phases, rows = {}, []
     for phase in schedule(c):
         if phases and not (folder / f"{phase.name}.pt").exists():

@@ -38,6 +38,25 @@ def toy_encoding() -> tiktoken.Encoding:
     )
 
 
+@cache
+def countdown_encoding() -> tiktoken.Encoding:
+    """Return countdown's tokenizer: one token a character of its expressions and prompts.
+
+    >>> countdown_encoding().encode("8-(3+2)")
+    [8, 11, 14, 3, 10, 2, 15]
+    """
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(b"0123456789+-*/()=: ")}
+    special = {END: len(ranks), REVISE: len(ranks) + 1}
+    return tiktoken.Encoding(
+        "countdown", pat_str=r".", mergeable_ranks=ranks, special_tokens=special
+    )
+
+
+def encoding_of(task: str) -> tiktoken.Encoding:
+    """Return the tokenizer of a task, or of a kind of problem."""
+    return countdown_encoding() if task == "countdown" else toy_encoding()
+
+
 def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:
     """Return the ids of our own text, special tokens included (never of a model's text)."""
     return encoding.encode(text, allowed_special="all")
@@ -303,7 +322,7 @@ def grade(r: Rollout, problems: list[verify.Problem]) -> tuple[torch.Tensor, ...
     There is no verdict where the verifier failed or the gold answer is unreadable. That is never
     scored as 0: whoever trains or measures leaves the problem out, and counts it.
     """
-    encoding, rewards = toy_encoding(), []
+    encoding, rewards = encoding_of(problems[0].kind), []
     for mask_BS, cut_B in ((r.mask1_BS, r.truncated1_B), (r.mask2_BS, r.truncated2_B)):
         answers = attempts(r.ids_BT, mask_BS, cut_B, encoding)
         verdicts = [
@@ -315,9 +334,9 @@ def grade(r: Rollout, problems: list[verify.Problem]) -> tuple[torch.Tensor, ...
     return tuple(rewards)
 
 
-def read_documents(documents, device) -> Rollout:
+def read_documents(documents, device, task: str = "addition") -> Rollout:
     """Lay out documents (prompt, draft, revision) exactly as a rollout lays out its samples."""
-    encoding, turns = toy_encoding(), []
+    encoding, turns = encoding_of(task), []
     prompts, drafts, revisions = zip(*documents, strict=True)
     for texts in (drafts, revisions):
         ids_BN, n_B = pad([encode(encoding, text + END) for text in texts], device)

@@ -35,18 +35,17 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-import verify
 from model import GPT
 from rollout import (
     END,
     REVISE,
     Rollout,
     encode,
+    encoding_of,
     grade,
     read_documents,
     rollout,
     token_law,
-    toy_encoding,
 )
 from run import (
     BLOCK,
@@ -55,6 +54,8 @@ from run import (
     Progress,
     Run,
     create,
+    documents,
+    draw,
     new_optimizer,
     parse,
     restore,
@@ -223,12 +224,7 @@ def sft_step(run: Run) -> dict:
     """Take one supervised step on fresh documents; return what is logged."""
     c = run.config
     clean = run.progress.step < c.clean * c.sft_steps  # it learns to check before it gets careless
-    documents = verify.corpus(
-        c.sft_batch, run.problem_rng, c.digits, forget=c.forget, lose=c.lose,
-        right_revision=1.0 if clean else c.right_revision, copy=0.0 if clean else c.copy,
-        split_seed=c.split_seed,
-    )  # fmt: skip
-    r = read_documents(documents, c.device)
+    r = read_documents(documents(c, c.sft_batch, run.problem_rng, clean), c.device, c.task)
     mask_BS = r.mask1_BS | r.mask2_BS
     logp_BS = of_tokens(token_law(run.policy(r.ids_BT[:, :-1]), 1.0), r)
     loss = loss_sft(logp_BS, mask_BS).sum() / mask_BS.sum()
@@ -248,7 +244,7 @@ def descend(run: Run) -> float:
 
 def sample(model: GPT, c: Config, problems, generator, temperature, **offline) -> Rollout:
     """Sample two attempts at each problem (`offline`: author1 and offline1_B of `rollout`)."""
-    encoding = toy_encoding()
+    encoding = encoding_of(c.task)
     return rollout(
         model, [encode(encoding, problem.prompt) for problem in problems], encode(encoding, REVISE),
         max_new=c.attempt_limit(), end_id=encode(encoding, END)[0], generator=generator,
@@ -266,7 +262,7 @@ def check_sampler(policy: GPT, c: Config) -> None:
       RuntimeError: they differ by more than 1e-5 nats at some token.
     """
     policy = copy.deepcopy(policy).double()
-    problems = verify.problems(64, "train", np.random.default_rng(0), c.digits, c.split_seed)
+    problems = draw(c, 64, "train", np.random.default_rng(0))
     generator = torch.Generator(c.device).manual_seed(0)
     r = sample(policy, c, problems, generator, c.temperature)
     with torch.no_grad():
@@ -288,7 +284,7 @@ def rl_step(run: Run, phase: Phase) -> dict:
     """
     c, p = run.config, run.progress
     n_problems = c.batch // c.group
-    drawn = verify.problems(n_problems, "train", run.problem_rng, c.digits, c.split_seed)
+    drawn = draw(c, n_problems, "train", run.problem_rng)
     problems = [problem for problem in drawn for _ in range(c.group)]
     offline = {}
     if c.offline and phase.objective == "stage2":
