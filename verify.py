@@ -2,7 +2,8 @@
 
 The paper's oracle reward r(y, y*) is 0 or 1, is used in training only, and is never shown to the
 policy (arXiv 2409.12917v2, section 3). Here it is `arithmetic`: one strict integer, compared
-exactly. Nothing that a model wrote is ever evaluated here; `program` has it run by `sandbox.py`.
+exactly. For the second toy it is `countdown`: any expression with the right value. Nothing that a
+model wrote is ever run as code here; `program` has it run by `sandbox.py`.
 
 The toy is addition, `483510+516489=`, answered from the left in a fixed number of digits. Half of
 the columns are made to sum to 9, so that a carry runs far: a small model that writes the leading
