@@ -27,8 +27,8 @@ import torch
 
 import verify
 from model import GPT
-from rollout import grade, texts
-from run import Config, commit, read_about, read_phase, schedule
+from rollout import encoding_of, grade, texts
+from run import Config, commit, draw, read_about, read_phase, schedule
 from score import all_judged, sample
 
 # --- intervals ------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def evaluate(model: GPT, c: Config, problems: list[verify.Problem], temperature:
     keep_N = all_judged(reward1_N + reward2_N, 1)
     r, judged = r.rows(keep_N), [problems[i] for i in keep_N.nonzero()[:, 0].tolist()]
     right1_N, right2_N = (x[keep_N].cpu().numpy() == 1 for x in (reward1_N, reward2_N))
-    first, second = texts(r, 1), texts(r, 2)
+    first, second = (texts(r, turn, encoding_of(c.task)) for turn in (1, 2))
     changed_N = np.array([a != b for a, b in zip(first, second, strict=True)])
     ratios = [edit_ratio(a, b) for a, b in zip(first, second, strict=True)]
     wrong = int((~right1_N).sum())
@@ -219,7 +219,7 @@ def report(folder: Path, split: str, n: int) -> dict:
       ValueError: there is no run, no finished phase, or a damaged checkpoint.
     """
     c, about = read_about(folder)
-    problems = verify.problems(n, split, np.random.default_rng(0), c.digits, c.split_seed)
+    problems = draw(c, n, split, np.random.default_rng(0))
     phases, rows = {}, []
     for phase in schedule(c):
         if phases and not (folder / f"{phase.name}.pt").exists():

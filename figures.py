@@ -1,6 +1,6 @@
 """What does the study say? Tables, paired tests over seeds and figures, from its JSON.
 
-    python figures.py runs/study/quick-results/quick.json    # again, from what study.py collected
+    python figures.py runs/study-addition/quick-results/quick.json   # again, from what was kept
 
 Means are over seeds, with their standard error. Tests are paired over seeds, as all methods of a
 seed share its base: Student's t, two-sided, Holm's correction over the rows of a table. The tables
@@ -456,6 +456,8 @@ def main(argv: list[str]) -> int:
         print(f"figures.py: {error}", file=sys.stderr)
         return 2
     for name, plot in PLOTS.items():
+        if name == "difficulty" and "by_carry" not in runs[0]:
+            continue  # of additions only
         figure = plot(plt, grouped(runs))
         for kind, about_file in (("png", {"Software": None}), ("svg", {"Date": None})):
             figure.savefig(path.with_name(f"{name}.{kind}"), dpi=120, metadata=about_file)

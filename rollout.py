@@ -39,6 +39,25 @@ def toy_encoding() -> tiktoken.Encoding:
     )
 
 
+@cache
+def countdown_encoding() -> tiktoken.Encoding:
+    """Return countdown's tokenizer: one token a character of its expressions and prompts.
+
+    >>> countdown_encoding().encode("8-(3+2)")
+    [8, 11, 14, 3, 10, 2, 15]
+    """
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(b"0123456789+-*/()=: ")}
+    special = {END: len(ranks), REVISE: len(ranks) + 1}
+    return tiktoken.Encoding(
+        "countdown", pat_str=r".", mergeable_ranks=ranks, special_tokens=special
+    )
+
+
+def encoding_of(task: str) -> tiktoken.Encoding:
+    """Return the tokenizer of a task, or of a kind of problem."""
+    return countdown_encoding() if task == "countdown" else toy_encoding()
+
+
 def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:
     """Return the ids of our own text, special tokens included (never of a model's text)."""
     return encoding.encode(text, allowed_special="all")
@@ -313,10 +332,9 @@ def written(r: Rollout, turn: int) -> list[list[int]]:
     return [[token for token, inside in zip(*row, strict=True) if inside] for row in rows]
 
 
-def texts(r: Rollout, turn: int) -> list[str]:
+def texts(r: Rollout, turn: int, encoding: tiktoken.Encoding) -> list[str]:
     """Return each row's attempt as text, without its end-of-turn token."""
-    cut_B, encoding = r.truncated_BK[:, turn - 1].tolist(), toy_encoding()
-    rows = zip(written(r, turn), cut_B, strict=True)
+    rows = zip(written(r, turn), r.truncated_BK[:, turn - 1].tolist(), strict=True)
     return [encoding.decode(ids if cut else ids[:-1]) for ids, cut in rows]
 
 
@@ -326,33 +344,33 @@ def grade(r: Rollout, problems: list[verify.Problem]) -> list[torch.Tensor]:
     There is no verdict where the verifier failed or the gold answer is unreadable. That is never
     scored as 0: whoever trains or measures leaves the problem out, and counts it.
     """
-    rewards = []
+    rewards, encoding = [], encoding_of(problems[0].kind)
     for turn, cut_B in enumerate(r.truncated_BK.unbind(dim=1), 1):
+        answers = texts(r, turn, encoding)
         verdicts = [
             verify.judge(problem, answer, cut)
-            for answer, problem, cut in zip(texts(r, turn), problems, cut_B.tolist(), strict=True)
+            for answer, problem, cut in zip(answers, problems, cut_B.tolist(), strict=True)
         ]
         values = [float("nan") if v.reward is None else float(v.reward) for v in verdicts]
         rewards.append(torch.tensor(values, device=cut_B.device))
     return rewards
 
 
-def lay_out(prompts, firsts, seconds, device) -> Rollout:
+def lay_out(prompts, firsts, instruction: list[int], seconds, device) -> Rollout:
     """Lay out rows of ids (prompts, first and second attempts) as a rollout does its samples."""
     turns = []
     for attempts in (firsts, seconds):
         ids_BN, n_B = pad(attempts, device)
         zeros_BN = torch.zeros(ids_BN.shape, device=device)
         turns.append(Turn(ids_BN, n_B, zeros_BN, torch.zeros_like(n_B, dtype=torch.bool)))
-    instruction = pad([encode(toy_encoding(), REVISE)] * len(prompts), device)
-    return assemble(pad(prompts, device), turns, instruction)
+    return assemble(pad(prompts, device), turns, pad([instruction] * len(prompts), device))
 
 
-def read_documents(documents, device) -> Rollout:
+def read_documents(documents, device, task: str = "addition") -> Rollout:
     """Lay out documents: prompt, draft, revision, the last two without their end of turn."""
-    encoding = toy_encoding()
+    encoding = encoding_of(task)
     prompts, drafts, revisions = (
         [encode(encoding, text + end) for text in column]
         for column, end in zip(zip(*documents, strict=True), ("", END, END), strict=True)
     )
-    return lay_out(prompts, drafts, revisions, device)
+    return lay_out(prompts, drafts, encode(encoding, REVISE), revisions, device)

@@ -22,15 +22,19 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import countdown
 import verify
 from model import GPT, GPTConfig
-from rollout import toy_encoding
+from rollout import encoding_of
 
 METHODS = (
     "score", "base", "multi_turn", "single_turn", "no_stage1", "no_bonus", "star", "star_plus",
     "pair_sft", "pair_sft_plus", "star_stage2", "three_turn",
 )  # fmt: skip
 SUPERVISED = ("sft", "star", "pair_sft")  # objectives that imitate; all others reinforce
+PRESETS = {  # of the command line: where a task's own defaults differ from those below
+    "countdown": dict(sft_steps=2000, forget=0.15, clean=0.7),
+}
 
 # --- settings: one line a knob --------------------------------------------------------------------
 
@@ -52,7 +56,10 @@ class Config:
     seed: int = knob(0, "of weights, problems and samples", 0, 2**31)
     device: str = knob("cpu", "cpu, cuda or cuda:N")
     # task
-    digits: int = knob(7, "digits of each operand", 1, verify.MAX_OPERAND_DIGITS)
+    task: str = knob("addition", "the toy", choices=("addition", "countdown"))
+    digits: int = knob(7, "addition: digits of each operand", 1, verify.MAX_OPERAND_DIGITS)
+    numbers: int = knob(4, "countdown: numbers of a problem", 2, countdown.MAX_NUMBERS)
+    largest: int = knob(9, "countdown: the largest number", 1, countdown.MAX_LARGEST)
     split_seed: int = knob(0, "of the split into train, dev and test problems", 0, 2**31)
     # model
     n_layer: int = knob(3, "blocks", 1, 200)
@@ -67,8 +74,8 @@ class Config:
     sft_batch: int = knob(128, "documents a step", 1, 2**20)
     sft_lr: float = knob(6e-3, "peak learning rate, then linear to 0", 0, 1)
     sft_warmup: int = knob(100, "steps of linear warm-up of the base", 0, 10**9)
-    forget: float = knob(0.25, "probability that a draft slips a carry at a column of 9", 0, 1)
-    lose: float = knob(0.85, "the same from the third such column in a row on", 0, 1)
+    forget: float = knob(0.25, "probability of a draft's slip: a carry at a 9, or a sign", 0, 1)
+    lose: float = knob(0.85, "the same at the third 9 in a row, or a minus before more", 0, 1)
     right_revision: float = knob(0.18, "share of right revisions, after the clean part", 0, 1)
     copy: float = knob(0.77, "share of copied drafts, after the clean part", 0, 1)
     clean: float = knob(
@@ -118,8 +125,8 @@ class Config:
         for option, rows in (("--batch", self.batch), ("--micro-batch", self.micro_batch)):
             if rows % self.group:
                 raise ValueError(f"{option} must be a multiple of --group {self.group}, got {rows}")
-        if 0 < self.max_new < self.digits + 2:
-            least = self.digits + 2  # a sum's digits and the end of turn
+        least = self.lengths()[1] + 1  # an answer and the end of turn
+        if 0 < self.max_new < least:
             raise ValueError(f"--max-new must be 0 or at least {least}, got {self.max_new}")
         if self.right_revision + self.copy > 1:
             raise ValueError(f"--right-revision {self.right_revision} and --copy {self.copy} "
@@ -132,18 +139,42 @@ class Config:
             )
         self.model()
 
+    def lengths(self) -> tuple[int, int]:
+        """Return the most tokens of a prompt and of an answer as the base has read them."""
+        if self.task == "countdown":
+            return countdown.lengths(self.numbers, self.largest)
+        return 2 * self.digits + 2, self.digits + 1
+
     def attempt_limit(self) -> int:
-        """Return the most tokens of an attempt: by default a sum's digits and its end of turn."""
-        return self.max_new or self.digits + 2
+        """Return the most tokens of an attempt: by default the longest answer and its end."""
+        return self.max_new or self.lengths()[1] + 1
 
     def model(self) -> GPTConfig:
         """Return the sizes of the model, which must hold a prompt and ten attempts."""
-        encoding = toy_encoding()
         return GPTConfig(
-            encoding.n_vocab, self.n_layer, self.n_head, self.n_kv_head, self.d_model, self.d_ff,
-            rope_theta=self.rope_theta, qkv_bias=self.qkv_bias,
-            max_positions=2 * self.digits + 2 + 10 * (self.attempt_limit() + 1),
+            encoding_of(self.task).n_vocab, self.n_layer, self.n_head, self.n_kv_head,
+            self.d_model, self.d_ff, rope_theta=self.rope_theta, qkv_bias=self.qkv_bias,
+            max_positions=self.lengths()[0] + 10 * (self.attempt_limit() + 1),
         )  # fmt: skip
+
+
+def draw(c: Config, n: int, split: str, rng: np.random.Generator) -> list[verify.Problem]:
+    """Draw n problems of the run's task from one split."""
+    if c.task == "countdown":
+        drawn = countdown.problems(n, split, rng, c.numbers, c.largest, c.split_seed)
+        return [verify.Problem(prompt, gold, "countdown") for prompt, gold in drawn]
+    return verify.problems(n, split, rng, c.digits, c.split_seed)
+
+
+def documents(c: Config, n: int, rng: np.random.Generator, clean: bool) -> list[tuple]:
+    """Draw n documents (prompt, draft, revision) of the run's task; `clean`: revised rightly."""
+    shares = dict(
+        forget=c.forget, lose=c.lose, right_revision=1.0 if clean else c.right_revision,
+        copy=0.0 if clean else c.copy, split_seed=c.split_seed,
+    )  # fmt: skip
+    if c.task == "countdown":
+        return countdown.corpus(n, rng, c.numbers, c.largest, **shares)
+    return verify.corpus(n, rng, c.digits, **shares)
 
 
 class Phase(NamedTuple):
@@ -223,7 +254,7 @@ def parse(argv: list[str]) -> tuple[Config | None, Path, Path | None]:
     """Return a new run's settings, its folder and that of the run whose base it takes, if any;
     or None and the folder of a run to resume."""
     parser = argparse.ArgumentParser(
-        prog="score.py", usage=argparse.SUPPRESS, description="Train SCoRe on toy arithmetic.",
+        prog="score.py", usage=argparse.SUPPRESS, description="Train SCoRe on a toy.",
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--run", type=Path, help="folder to create (default: runs/METHOD-seedSEED)")
@@ -232,6 +263,8 @@ def parse(argv: list[str]) -> tuple[Config | None, Path, Path | None]:
     for f in fields(Config):
         option, low, high = "--" + f.name.replace("_", "-"), f.metadata["low"], f.metadata["high"]
         accepted = "" if low is None else f"; {low:.10g} to {high:.10g}"
+        for task, preset in PRESETS.items():
+            accepted += f"; {task}: {preset[f.name]}" if f.name in preset else ""
         text = f"{f.metadata['help']} (default: {f.default}{accepted})"
         if f.type is bool:
             either = argparse.BooleanOptionalAction
@@ -244,8 +277,9 @@ def parse(argv: list[str]) -> tuple[Config | None, Path, Path | None]:
         if args or folder is not None or base is not None:
             raise ValueError("--resume takes all settings from the run: give no other option")
         return None, resume, None
-    config = Config(**args)
-    return config, folder or Path("runs") / f"{config.method}-seed{config.seed}", base
+    config = Config(**PRESETS.get(args.get("task"), {}) | args)
+    task = "" if config.task == "addition" else f"{config.task}-"
+    return config, folder or Path("runs") / f"{task}{config.method}-seed{config.seed}", base
 
 
 # --- the run: what it carries from step to step ---------------------------------------------------
@@ -368,7 +402,7 @@ def save_checkpoint(run: Run) -> None:
 def create(c: Config, folder: Path, base: Path | None = None) -> Run:
     """Start a run in a folder that must not exist yet, if asked with the base of another run."""
     run = new_run(c, folder)
-    verify.problems(c.eval_n, "test", np.random.default_rng(0), c.digits, c.split_seed)
+    draw(c, c.eval_n, "test", np.random.default_rng(0))
     if folder.exists():
         raise ValueError(
             f"{folder} exists and is left alone: continue it with --resume {folder}, "
@@ -397,7 +431,7 @@ def take_base(run: Run, folder: Path) -> dict:
     """
     theirs, _ = read_about(folder)
     names = [f.name for f in fields(Config)]
-    for name in ("seed", *names[names.index("digits") : names.index("clean") + 1]):
+    for name in ("seed", *names[names.index("task") : names.index("clean") + 1]):
         ours = getattr(run.config, name)
         if ours != getattr(theirs, name):
             option = "--" + name.replace("_", "-")

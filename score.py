@@ -35,19 +35,18 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-import verify
 from model import GPT
 from rollout import (
     END,
     REVISE,
     Rollout,
     encode,
+    encoding_of,
     grade,
     lay_out,
     read_documents,
     rollout,
     token_law,
-    toy_encoding,
     written,
 )
 from run import (
@@ -58,6 +57,8 @@ from run import (
     Progress,
     Run,
     create,
+    documents,
+    draw,
     new_optimizer,
     parse,
     restore,
@@ -237,12 +238,7 @@ def sft_step(run: Run) -> dict:
     """Take one supervised step on fresh documents; return what is logged."""
     c = run.config
     clean = run.progress.step < c.clean * c.sft_steps  # it learns to check before it gets careless
-    documents = verify.corpus(
-        c.sft_batch, run.problem_rng, c.digits, forget=c.forget, lose=c.lose,
-        right_revision=1.0 if clean else c.right_revision, copy=0.0 if clean else c.copy,
-        split_seed=c.split_seed,
-    )  # fmt: skip
-    r = read_documents(documents, c.device)
+    r = read_documents(documents(c, c.sft_batch, run.problem_rng, clean), c.device, c.task)
     mask_BS = r.mask1_BS | r.mask2_BS
     logp_BS = of_tokens(token_law(run.policy(r.ids_BT[:, :-1]), 1.0), r)
     loss = loss_sft(logp_BS, mask_BS).sum() / mask_BS.sum()
@@ -262,7 +258,7 @@ def descend(run: Run) -> float:
 
 def sample(model: GPT, c: Config, problems, generator, temperature, **more) -> Rollout:
     """Sample two attempts at each problem (`more`: attempts, author1, offline1_B of `rollout`)."""
-    encoding = toy_encoding()
+    encoding = encoding_of(c.task)
     return rollout(
         model, [encode(encoding, problem.prompt) for problem in problems], encode(encoding, REVISE),
         max_new=c.attempt_limit(), end_id=encode(encoding, END)[0], generator=generator,
@@ -280,7 +276,7 @@ def check_sampler(policy: GPT, c: Config) -> None:
       RuntimeError: they differ by more than 1e-5 nats at some token.
     """
     policy = copy.deepcopy(policy).double()
-    problems = verify.problems(64, "train", np.random.default_rng(0), c.digits, c.split_seed)
+    problems = draw(c, 64, "train", np.random.default_rng(0))
     generator = torch.Generator(c.device).manual_seed(0)
     r = sample(policy, c, problems, generator, c.temperature)
     with torch.no_grad():
@@ -301,7 +297,7 @@ def collect(run: Run, author: GPT, **more) -> tuple[Rollout, list, list[torch.Te
     problem with a row that got no verdict is left out, whole, so that every group has its baseline.
     """
     c = run.config
-    drawn = verify.problems(c.batch // c.group, "train", run.problem_rng, c.digits, c.split_seed)
+    drawn = draw(c, c.batch // c.group, "train", run.problem_rng)
     problems = [problem for problem in drawn for _ in range(c.group)]
     r = sample(author, c, problems, run.sampler, c.temperature, **more)
     rewards = grade(r, problems)
@@ -401,9 +397,10 @@ def imitate_step(run: Run, phase: Phase) -> dict:
     log = summary(r, rewards) | dict(dropped=dropped, examples=len(examples) / c.batch)
     if not examples:
         return log | dict(loss=None, grad_norm=0.0)
-    prompts = [encode(toy_encoding(), problems[b].prompt) for b, _ in examples]
-    firsts, seconds = written(r, 1), [second for _, second in examples]
-    rows = lay_out(prompts, [firsts[b] for b, _ in examples], seconds, c.device)
+    encoding, written1 = encoding_of(c.task), written(r, 1)
+    prompts = [encode(encoding, problems[b].prompt) for b, _ in examples]
+    firsts, seconds = [written1[b] for b, _ in examples], [second for _, second in examples]
+    rows = lay_out(prompts, firsts, encode(encoding, REVISE), seconds, c.device)
     logp_BS = of_tokens(token_law(run.policy(rows.ids_BT[:, :-1]), c.temperature), rows)
     loss = loss_sft(logp_BS, rows.mask2_BS).sum() / rows.mask2_BS.sum()
     run.optimizer.zero_grad()

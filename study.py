@@ -32,8 +32,8 @@ import torch
 import verify
 from eval import edit_ratio, metrics, report
 from model import GPT
-from rollout import END, REVISE, Rollout, grade, texts
-from run import Config, create, parse, read_about, read_phase, restore, schedule
+from rollout import END, REVISE, Rollout, encoding_of, grade, texts
+from run import Config, create, draw, parse, read_about, read_phase, restore, schedule
 from score import sample, train
 
 # --- what is compared -----------------------------------------------------------------------------
@@ -107,7 +107,12 @@ def jobs(names, seeds, runs: Path, rates=(None,), **options) -> list[Job]:
 
 def after(problems: list[verify.Problem], r: Rollout) -> list[verify.Problem]:
     """Return problems whose prompt has gone on to where the next attempt begins: `x1 y1 p1`."""
-    said = zip(texts(r, 1), r.truncated_BK[:, 0].tolist(), problems, strict=True)
+    said = zip(
+        texts(r, 1, encoding_of(problems[0].kind)),
+        r.truncated_BK[:, 0].tolist(),
+        problems,
+        strict=True,
+    )
     return [
         p._replace(prompt=p.prompt + text + ("" if cut else END) + REVISE) for text, cut, p in said
     ]
@@ -118,7 +123,7 @@ def right(r: Rollout, problems) -> list[np.ndarray]:
     return [(reward_N == 1).cpu().numpy() for reward_N in grade(r, problems)]
 
 
-def draw(model: GPT, c: Config, problems, temperature: float, seed: int, attempts=1) -> Rollout:
+def say(model: GPT, c: Config, problems, temperature: float, seed: int, attempts=1) -> Rollout:
     """Sample attempts from a generator of their own."""
     generator = torch.Generator(c.device).manual_seed(seed)
     return sample(model, c, problems, generator, temperature, attempts=attempts)
@@ -126,17 +131,17 @@ def draw(model: GPT, c: Config, problems, temperature: float, seed: int, attempt
 
 def resampled(model: GPT, c: Config, problems) -> dict:
     """Return the metrics of a "second attempt" that is a first one drawn afresh: re-rolling."""
-    first, second = (draw(model, c, problems, c.temperature, seed) for seed in (0, 1))
+    first, second = (say(model, c, problems, c.temperature, seed) for seed in (0, 1))
     return metrics(right(first, problems)[0], right(second, problems)[0])
 
 
 def repairs(model: GPT, author: GPT, c: Config, problems, temperature: float) -> dict:
     """Return the shares of the author's first attempts that the model repairs and spoils, of all
     wrong and all right ones."""
-    first = draw(author, c, problems, temperature, 0)
+    first = say(author, c, problems, temperature, 0)
     right1_N = right(first, problems)[0]
     later = after(problems, first)
-    right2_N = right(draw(model, c, later, temperature, 2), later)[0]
+    right2_N = right(say(model, c, later, temperature, 2), later)[0]
     m = metrics(right1_N, right2_N)
     return {key: m[key] for key in ("repair_rate", "spoil_rate", "acc_t1", "acc_t2")}
 
@@ -147,10 +152,10 @@ def many_attempts(model: GPT, c: Config, problems, n: int = 10) -> dict:
     whole: the conversation grows, all attempts in sight. last: problem and last attempt alone, the
     layout that was trained, so that each attempt is a second one.
     """
-    whole = [float(x.mean()) for x in right(draw(model, c, problems, 0, 0, n), problems)]
+    whole = [float(x.mean()) for x in right(say(model, c, problems, 0, 0, n), problems)]
     last, now = [], problems
     for _ in range(n):
-        r = draw(model, c, now, 0, 0)
+        r = say(model, c, now, 0, 0)
         last.append(float(right(r, now)[0].mean()))
         now = after(problems, r)
     return dict(whole=whole, last=last)
@@ -158,7 +163,7 @@ def many_attempts(model: GPT, c: Config, problems, n: int = 10) -> dict:
 
 def three_attempts(model: GPT, c: Config, problems) -> list[float]:
     """Return the accuracy at each of three attempts in one conversation, greedy."""
-    return [float(x.mean()) for x in right(draw(model, c, problems, 0, 0, 3), problems)]
+    return [float(x.mean()) for x in right(say(model, c, problems, 0, 0, 3), problems)]
 
 
 def votes(model: GPT, c: Config, problems, most: int = 32, temperature: float = 0.7) -> dict:
@@ -170,8 +175,9 @@ def votes(model: GPT, c: Config, problems, most: int = 32, temperature: float = 
     """
     rows = [problem for problem in problems for _ in range(most)]
     half = [problem for problem in problems for _ in range(most // 2)]
-    parallel = texts(draw(model, c, rows, temperature, 3), 1)
-    sequential = texts(draw(model, c, half, temperature, 4, attempts=2), 2)
+    encoding = encoding_of(problems[0].kind)
+    parallel = texts(say(model, c, rows, temperature, 3), 1, encoding)
+    sequential = texts(say(model, c, half, temperature, 4, attempts=2), 2, encoding)
     found = dict(budget=[2**i for i in range(1, most.bit_length())], parallel=[], sequential=[])
     for budget in found["budget"]:
         for kind, answers, have, use in (
@@ -205,7 +211,7 @@ def carry_chain(a: int, b: int) -> int:
 def by_carry(model: GPT, c: Config, problems) -> dict:
     """Return, by the longest carry chain, how many problems there are and how many are right at
     each attempt, greedy."""
-    rows = zip(problems, *right(draw(model, c, problems, 0, 0, 2), problems), strict=True)
+    rows = zip(problems, *right(say(model, c, problems, 0, 0, 2), problems), strict=True)
     found = {}
     for problem, right1, right2 in rows:
         a, b = problem.prompt.removesuffix("=").split("+")
@@ -219,16 +225,17 @@ def by_length(model: GPT, c: Config, n: int) -> dict:
     found = {}
     for digits in range(max(1, c.digits - 2), min(verify.MAX_OPERAND_DIGITS, c.digits + 2) + 1):
         other = Config(**asdict(c) | {"digits": digits})
-        problems = verify.problems(n, "test", np.random.default_rng(1), digits, c.split_seed)
-        both = right(draw(model, other, problems, 0, 0, 2), problems)
+        problems = draw(other, n, "test", np.random.default_rng(1))
+        both = right(say(model, other, problems, 0, 0, 2), problems)
         found[str(digits)] = [float(x.mean()) for x in both]
     return found
 
 
 def edits(model: GPT, c: Config, problems, temperature: float) -> list[int]:
     """Return counts of the edit distance ratio of both attempts, in 20 bins from 0 to 1."""
-    r = draw(model, c, problems, temperature, 0, attempts=2)
-    ratios = [edit_ratio(*both) for both in zip(texts(r, 1), texts(r, 2), strict=True)]
+    r = say(model, c, problems, temperature, 0, attempts=2)
+    first, second = (texts(r, turn, encoding_of(c.task)) for turn in (1, 2))
+    ratios = [edit_ratio(a, b) for a, b in zip(first, second, strict=True)]
     return np.histogram(ratios, bins=20, range=(0, 1))[0].tolist()
 
 
@@ -261,7 +268,7 @@ class Pause(threading.Event):
 def watch(run, c: Config, n: int, path: Path) -> None:
     """Train a run to its end; every WATCH steps, note how well it repairs the base's first attempts
     and its own."""
-    problems = verify.problems(n, "test", np.random.default_rng(2), c.digits, c.split_seed)
+    problems = draw(c, n, "test", np.random.default_rng(2))
     seen = json.loads(path.read_text()) if path.exists() else []
 
     def note():
@@ -289,7 +296,7 @@ def measure(job: Job, n: int, split: str) -> dict:
     found = report(folder, split, n)
     del found["transcripts"], found["diagnosis"]
     found |= {"name": job.name, "curve": curve(folder)}
-    problems = verify.problems(n, split, np.random.default_rng(0), c.digits, c.split_seed)
+    problems = draw(c, n, split, np.random.default_rng(0))
     if job.name == "three_turn":
         models = {phase.name: read_phase(folder, phase, c)[0] for phase in phases}
         found["three"] = {name: three_attempts(m, c, problems) for name, m in models.items()}
@@ -303,9 +310,11 @@ def measure(job: Job, n: int, split: str) -> dict:
         "edits": {law: edits(model, c, problems, t) for law, t in (("greedy", 0), ("t1", 1.0))},
         "attempts": many_attempts(model, c, few),
         "votes": votes(model, c, few),
-        "by_carry": by_carry(model, c, problems),
-        "by_length": by_length(model, c, len(few)),
     }
+    if c.task == "addition":
+        found |= dict(
+            by_carry=by_carry(model, c, problems), by_length=by_length(model, c, len(few))
+        )
     watched = folder / "watched.json"
     if watched.exists():
         found["watched"] = json.loads(watched.read_text())
@@ -414,7 +423,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2 3 4; to tune 120 121")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="NAME", help="some methods")
-    parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder of all runs")
+    parser.add_argument("--runs", type=Path, help="folder of all runs (default: runs/study-TASK)")
     parser.add_argument("--out", type=Path, help="folder of results (default: in that of the runs)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -433,6 +442,7 @@ def main(argv: list[str]) -> int:
         names = args.only or {"tune": TUNED, "quick": QUICK, "study": tuple(VARIANTS)}[name]
         seeds = args.seeds or {"tune": (120, 121), "quick": (0, 1)}.get(name, (0, 1, 2, 3, 4))
         given = asdict(parse(rest)[0])
+        args.runs = args.runs or Path("runs") / f"study-{given['task']}"
         options = {key: x for key, x in given.items() if x != getattr(Config(), key)}
         split, n = ("dev" if args.tune else "test"), given["eval_n"]
         todo = jobs(names, seeds, args.runs, RATES if args.tune else (None,), **options)

@@ -2,7 +2,8 @@
 
 The paper's oracle reward r(y, y*) is 0 or 1, is used in training only, and is never shown to the
 policy (arXiv 2409.12917v2, section 3). Here it is `arithmetic`: one strict integer, compared
-exactly. Nothing that a model wrote is ever evaluated here; `program` has it run by `sandbox.py`.
+exactly. For the second toy it is `countdown`: any expression with the right value. Nothing that a
+model wrote is ever run as code here; `program` has it run by `sandbox.py`.
 
 The toy is addition, `483510+516489=`, answered from the left in a fixed number of digits. Half of
 the columns are made to sum to 9, so that a carry runs far: a small model that writes the leading
@@ -28,6 +29,7 @@ import numpy as np
 import algebra
 import latex
 import sandbox
+from countdown import Malformed, evaluate
 
 MAX_INTEGER_DIGITS = 100  # int() of a long string is quadratic: a bound before any conversion
 MAX_OPERAND_DIGITS = 9  # both operands, side by side, are hashed as one 64-bit number
@@ -90,6 +92,42 @@ def arithmetic(answer: str, gold: str, truncated: bool = False) -> Verdict:
     if found is None:
         return Verdict(0, "unparsed", f"not an integer: {answer[:50]!r}")
     return Verdict(1, "right") if found == expected else Verdict(0, "wrong")
+
+
+def countdown(answer: str, gold: str, truncated: bool = False) -> Verdict:
+    """Return the verdict on an expression with a target. Pure; safe to call from threads.
+
+    Right is every expression of `countdown.evaluate`'s grammar with the numbers of the gold answer,
+    each as often as there, in any order, and with its value.
+
+    Args:
+      answer, truncated: as in `arithmetic`. gold: one right answer.
+
+    >>> countdown("(8-2)*3", "8+8+2")
+    Verdict(reward=0, status='wrong', detail='does not use the given numbers once each')
+    >>> countdown("2+8*1", "8+2/1").status, countdown("2+8=10", "8+2").status
+    ('right', 'unparsed')
+    """
+    try:
+        numbers, target = evaluate(gold)
+    except Malformed as error:
+        return Verdict(None, "error", f"gold answer is not an expression: {error}")
+    if target is None:
+        return Verdict(None, "error", "gold answer divides by zero")
+    if truncated:
+        return Verdict(0, "unparsed", "truncated: no end of turn")
+    answer = answer.strip(" \t\r\n")
+    if not answer:
+        return Verdict(0, "unparsed", "empty answer")
+    try:
+        used, value = evaluate(answer)
+    except Malformed as error:
+        return Verdict(0, "unparsed", f"not an expression: {error}")
+    if sorted(used) != sorted(numbers):
+        return Verdict(0, "wrong", "does not use the given numbers once each")
+    if value is None:
+        return Verdict(0, "wrong", "divides by zero")
+    return Verdict(1, "right") if value == target else Verdict(0, "wrong")
 
 
 # --- mathematics ----------------------------------------------------------------------------------
@@ -313,7 +351,7 @@ class Problem(NamedTuple):
     """One problem as the policy sees it, and what only the verifier sees.
 
     prompt: the problem's text. gold: the right answer, or for a program its tests.
-    kind: the verifier: "arithmetic", "math" or "program".
+    kind: the verifier: "arithmetic", "countdown", "math" or "program".
     entry_point: the function that HumanEval's check(candidate) is called with; else empty.
     """
 
@@ -327,6 +365,8 @@ def judge(problem: Problem, answer: str, truncated: bool = False) -> Verdict:
     """Return the verdict of the problem's own verifier; a truncated answer is not right."""
     if problem.kind == "arithmetic":
         return arithmetic(answer, problem.gold, truncated)
+    if problem.kind == "countdown":
+        return countdown(answer, problem.gold, truncated)
     if problem.kind == "math":
         return math(answer, problem.gold, truncated=truncated)
     if truncated:

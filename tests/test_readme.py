@@ -17,8 +17,8 @@ import run as runs
 
 README = (ROOT / "README.md").read_text()
 MODULES = (
-    "algebra.py", "latex.py", "sandbox.py", "verify.py", "model.py", "rollout.py", "run.py",
-    "score.py", "eval.py",
+    "algebra.py", "latex.py", "sandbox.py", "countdown.py", "verify.py", "model.py", "rollout.py",
+    "run.py", "score.py", "eval.py",
 )  # fmt: skip
 
 

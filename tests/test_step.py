@@ -300,7 +300,10 @@ def test_truncated_attempts_are_not_paid():
     assert [x.tolist() for x in rollout.grade(r, problems)] == [[1, 0, 1], [0, 1, 0]]
     r.truncated_BK[1, 0] = r.truncated_BK[2, 1] = True
     r.ids_BT[r.ids_BT == rollout.encode(rollout.toy_encoding(), rollout.END)[0]] = 2
-    assert rollout.texts(r, 1)[1] == "02" and rollout.texts(r, 2)[2] == "02"
+    assert (
+        rollout.texts(r, 1, rollout.toy_encoding())[1] == "02"
+        and rollout.texts(r, 2, rollout.toy_encoding())[2] == "02"
+    )
     assert [x.tolist() for x in rollout.grade(r, problems)] == [[1, 0, 1], [0, 1, 0]]
 
 

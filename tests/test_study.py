@@ -30,7 +30,7 @@ SOME = ["--seeds", "0", "1", "--only", "score", "three_turn"]
 
 
 def results(folder):
-    return json.loads((folder / "runs/study/study-results/study.json").read_text())
+    return json.loads((folder / "runs/study-addition/study-results/study.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def finished(tmp_path_factory):
 
 def test_a_study_ends_with_tables_figures_and_one_json(finished):
     folder, text = finished
-    out = folder / "runs/study/study-results"
+    out = folder / "runs/study-addition/study-results"
     names = {path.name for path in out.iterdir()}
     assert names == {"study.json", "study.md"} | {
         f"{plot}.{kind}" for plot in figures.PLOTS for kind in ("png", "svg")
@@ -63,9 +63,9 @@ def test_runs_of_a_seed_share_their_base_and_their_budget(finished):
     folder, _ = finished
     steps = {}
     for seed in (0, 1):
-        base = runs.load(folder / f"runs/study/base-seed{seed}/base.pt")["model"]
+        base = runs.load(folder / f"runs/study-addition/base-seed{seed}/base.pt")["model"]
         for name in ("score", "three_turn"):
-            path = folder / f"runs/study/{name}-seed{seed}"
+            path = folder / f"runs/study-addition/{name}-seed{seed}"
             mine = runs.load(path / "base.pt")["model"]
             assert all(torch.equal(base[key], mine[key]) for key in base)
             rows = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
@@ -100,7 +100,7 @@ def test_a_killed_study_goes_on_and_loses_no_finished_run(finished, tmp_path):
                                    stdout=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
         ready = []
         while len(ready) < finish and process.poll() is None:
-            ready = list(tmp_path.glob("runs/study/*/study-test-40.json"))
+            ready = list(tmp_path.glob("runs/study-addition/*/study-test-40.json"))
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -115,7 +115,7 @@ def test_a_folder_of_other_settings_is_refused(finished):
     done = subprocess.run([*COMMAND, *SOME, "--lr", "0.1"], cwd=folder, capture_output=True,
                           text=True)  # fmt: skip
     assert done.returncode == 2 and "see " in done.stderr
-    assert "other settings" in (folder / "runs/study/base-seed0.txt").read_text()
+    assert "other settings" in (folder / "runs/study-addition/base-seed0.txt").read_text()
     assert done.stderr.count("\n") == 1
 
 
@@ -143,6 +143,10 @@ def test_without_matplotlib_the_tables_are_there_and_the_error_names_it(finished
 PROBLEMS = [verify.Problem("1+1=", "2"), verify.Problem("2+3=", "5")]
 
 
+def words(r, turn):
+    return rollout.texts(r, turn, rollout.toy_encoding())
+
+
 def spoken(firsts, seconds=None, cut=False):
     rows = [("1+1=", a, b) for a, b in zip(firsts, seconds or firsts, strict=True)]
     r = rollout.read_documents(rows, "cpu")
@@ -167,7 +171,7 @@ def test_votes_go_to_the_commonest_answer_and_ties_to_the_first(monkeypatch):
         assert temperature == 0.7 and [p.gold for p in problems][0] == "2"
         return spoken(parallel) if attempts == 1 else spoken(["1"] * 4, corrected)
 
-    monkeypatch.setattr(study, "draw", draw)
+    monkeypatch.setattr(study, "say", draw)
     assert study.votes(None, None, PROBLEMS, most=4) == {
         "budget": [2, 4], "parallel": [0.5, 0.5], "sequential": [0.5, 0.5]
     }  # fmt: skip
@@ -198,11 +202,11 @@ def test_attempts_in_sight_of_the_last_one_are_second_attempts(models, monkeypat
     found = study.many_attempts(model, c, problems, n=4)
     assert len(found["whole"]) == len(found["last"]) == 4
     whole, *single = [r for r, _ in seen]
-    assert rollout.texts(whole, 1) == rollout.texts(single[0], 1)
-    assert rollout.texts(whole, 2) == rollout.texts(single[1], 1)
+    assert words(whole, 1) == words(single[0], 1)
+    assert words(whole, 2) == words(single[1], 1)
     for before, (r, now) in zip(seen[1:], seen[2:], strict=False):
         for b, problem in enumerate(now):
-            said = rollout.texts(before[0], 1)[b]
+            said = words(before[0], 1)[b]
             end = "" if before[0].truncated_BK[b, 0] else rollout.END
             assert problem.prompt == problems[b].prompt + said + end + rollout.REVISE
         assert r.truncated_BK.shape == (5, 1)
@@ -211,13 +215,13 @@ def test_attempts_in_sight_of_the_last_one_are_second_attempts(models, monkeypat
 def test_repairs_are_of_the_authors_first_attempts(models, monkeypatch):
     c, (model, author) = models
     problems = verify.problems(6, "test", np.random.default_rng(0), 3)
-    drawn, real = [], study.draw
+    drawn, real = [], study.say
 
     def draw(who, *words, **more):
         drawn.append((who, real(who, *words, **more)))
         return drawn[-1][1]
 
-    monkeypatch.setattr(study, "draw", draw)
+    monkeypatch.setattr(study, "say", draw)
     verdicts = iter([[np.array([True, True, False, False, False, False])],
                      [np.array([True, False, True, False, False, False])]])  # fmt: skip
     monkeypatch.setattr(study, "right", lambda r, now: next(verdicts))
@@ -227,15 +231,15 @@ def test_repairs_are_of_the_authors_first_attempts(models, monkeypatch):
     first, second = drawn[0][1], drawn[1][1]
     for b, problem in enumerate(problems):
         end = "" if first.truncated_BK[b, 0] else rollout.END
-        text = problem.prompt + rollout.texts(first, 1)[b] + end + rollout.REVISE
+        text = problem.prompt + words(first, 1)[b] + end + rollout.REVISE
         ids = rollout.encode(rollout.toy_encoding(), text)
         assert second.ids_BT[b, : len(ids)].tolist() == ids
 
 
 def test_a_fresh_draw_does_not_depend_on_the_first(models, monkeypatch):
     c, (model, _) = models
-    seeds, real = [], study.draw
-    monkeypatch.setattr(study, "draw", lambda *w, **m: seeds.append((w[3:], m)) or real(*w, **m))
+    seeds, real = [], study.say
+    monkeypatch.setattr(study, "say", lambda *w, **m: seeds.append((w[3:], m)) or real(*w, **m))
     problems = verify.problems(30, "test", np.random.default_rng(0), 3)
     found = study.resampled(model, c, problems)
     assert seeds == [((1.0, 0), {}), ((1.0, 1), {})] and found["n"] == 30
@@ -252,7 +256,7 @@ def test_problems_by_carry_and_length_are_all_counted(models):
 
 def test_the_watched_run_is_the_unwatched_one(finished, tmp_path):
     """Pausing to measure changes nothing, and what was measured is kept at each pause."""
-    folder = finished[0] / "runs/study"
+    folder = finished[0] / "runs/study-addition"
     config, _ = runs.read_about(folder / "score-seed0")
     plain = runs.create(config, tmp_path / "plain", folder / "base-seed0")
     assert score.train(plain, threading.Event())
