@@ -29,7 +29,16 @@ from rollout import encoding_of
 
 METHODS = ("score", "multi_turn", "single_turn", "no_stage1", "no_bonus")
 PRESETS = {  # of the command line: where a task's own defaults differ from those below
-    "countdown": dict(sft_steps=2000, forget=0.15, clean=0.7),
+    "countdown": dict(
+        d_ff=192,
+        sft_steps=2000,
+        forget=0.15,
+        right_revision=0.22,
+        copy=0.73,
+        clean=0.8,
+        stage1_steps=80,
+        lr=5e-4,
+    )
 }
 
 # --- settings: one line a knob --------------------------------------------------------------------
