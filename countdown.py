@@ -8,7 +8,8 @@ numbers in the order given; all that the base model has read is of that form.
 What there is to correct is of another kind than a carry. A first attempt must choose its first
 sign before it knows where the others lead, among 2**(M-1) plans. Once a plan stands on the page
 its value can be added up, and how far it misses says which sign is wrong: turning the sign of a
-number moves the value by twice that number.
+number moves the value by twice that number. As in the addition, the base's first attempts are low
+partly by design, for the slips in the drafts that it has read (`corpus`).
 
 Text is never evaluated by Python: a strict grammar reads it, and fractions are exact.
 

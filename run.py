@@ -33,7 +33,16 @@ METHODS = (
 )  # fmt: skip
 SUPERVISED = ("sft", "star", "pair_sft")  # objectives that imitate; all others reinforce
 PRESETS = {  # of the command line: where a task's own defaults differ from those below
-    "countdown": dict(sft_steps=2000, forget=0.15, clean=0.7),
+    "countdown": dict(
+        d_ff=192,
+        sft_steps=2000,
+        forget=0.15,
+        right_revision=0.22,
+        copy=0.73,
+        clean=0.8,
+        stage1_steps=80,
+        lr=5e-4,
+    )
 }
 
 # --- settings: one line a knob --------------------------------------------------------------------

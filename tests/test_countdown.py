@@ -395,7 +395,7 @@ def test_impossible_settings_are_one_line(tmp_path, capsys, words, message):
 
 
 def test_a_tiny_run_from_the_command_line_and_its_base_taken_by_another(tmp_path):
-    """Trains, stops for no one, reports on held-out problems; an addition cannot take its base."""
+    """It trains, and reports on held-out problems; a run of additions cannot take its base."""
     small = options(**TINY, task="countdown", numbers=3, largest=6)
     command = [sys.executable, str(ROOT / "score.py"), *small]
     folder = tmp_path / "run"
