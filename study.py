@@ -377,31 +377,32 @@ def start(job: Job, n: int, split: str) -> None:
 
 def run_all(todo: list[Job], n: int, split: str, workers: int) -> list[dict]:
     """Do all jobs, those of a base after the base; return what was measured, in the jobs' order."""
-    began, done, queued = time.monotonic(), 0, list(todo)
-    pool, running, finished = ThreadPoolExecutor(workers), {}, set()
+    pool, running, queued, found = ThreadPoolExecutor(workers), {}, list(todo), {}
     try:
         while queued or running:
-            ready = [job for job in queued if job.base is None or job.base in finished]
+            ready = [job for job in queued if job.base is None or job.base in found]
             for job in ready[: workers - len(running)]:
                 running[pool.submit(start, job, n, split)] = job
                 queued.remove(job)
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
                 future.result()
-                finished.add(job.folder)
-                done += 1
-                show(job, n, split, done, len(todo), time.monotonic() - began)
+                path = job.folder / f"study-{split}-{n}.json"
+                found[job.folder] = json.loads(path.read_text())
+                show(job, found, todo, workers)
     finally:
         pool.shutdown(cancel_futures=True)
-    return [json.loads((job.folder / f"study-{split}-{n}.json").read_text()) for job in todo]
+    return [found[job.folder] for job in todo]
 
 
-def show(job: Job, n: int, split: str, done: int, of: int, seconds: float) -> None:
-    """Print one line: what was finished, its result, the time left at this pace."""
-    found = json.loads((job.folder / f"study-{split}-{n}.json").read_text())
-    last = list(found["phases"].values())[-1]
-    left = seconds / done * (of - done)
-    print(f"{done:>4}/{of}  {job.folder.name:<28} t1 {100 * last['acc_t1']:5.1f} %  "
+def show(job: Job, found: dict[Path, dict], todo: list[Job], workers: int) -> None:
+    """Print one line: what was finished, its result, the time left at the pace so far."""
+    last = list(found[job.folder]["phases"].values())[-1]
+    cost = {other.folder: 3 if other.base is None else 1 for other in todo}  # a base takes longer
+    timed = [folder for folder, run in found.items() if run["wall_seconds"]]
+    pace = sum(found[f]["wall_seconds"] for f in timed) / max(1, sum(cost[f] for f in timed))
+    left = pace * sum(x for folder, x in cost.items() if folder not in found) / workers
+    print(f"{len(found):>4}/{len(todo)}  {job.folder.name:<28} t1 {100 * last['acc_t1']:5.1f} %  "
           f"t2 {100 * last['acc_t2']:5.1f} %  delta {100 * last['delta']:+6.1f}   "
           f"{left // 60:3.0f}m{left % 60:02.0f}s left", flush=True)  # fmt: skip
 

@@ -45,6 +45,8 @@ def execute(command, folder):
         status = 0
         if words[1] == "score.py" and "--resume" not in words and "--help" not in words:
             words += options(**TINY)
+        if "--study" in words:
+            words += ["--seeds", "0", "1", "--only", "score", "multi_turn", *options(**TINY)]
         if words[1] == "tests/seeds.py" and "--table" not in words:
             words += ["--seeds", "0", "1", "--runs", "runs/seeds", "--out", "seeds.json"]
             words += options(**TINY)
