@@ -30,7 +30,6 @@ PAPER = {  # Acc@t1, Acc@t2, delta, i->c, c->i on MATH: arXiv 2409.12917v2, tabl
     "star_stage2": (56.2, 58.4, 2.2),
     "offline": (60.4, 60.6, 0.2),  # ICLR version only: "w/o online turn 1 samples"
 }
-PAPER_VOTES = dict(parallel=(60, 64, 65, 67, 68), sequential=(60, 64, 68, 70, 71))  # off a chart
 TITLES = {"base": "base"} | {name: variant.title for name, variant in VARIANTS.items()}
 COLOURS = {  # Okabe and Ito's, told apart by the colour-blind
     "base": "#555555", "score": "#0072B2", "multi_turn": "#D55E00", "single_turn": "#E69F00",
@@ -57,8 +56,8 @@ def paired_t(x: list[float], y: list[float]) -> float:
     0.0166
     """
     mean, error = mean_error([a - b for a, b in zip(x, y, strict=True)])
-    if not error > 0:
-        return 1.0 if mean == 0 else float("nan") if error != 0 else 0.0
+    if not error > 0:  # one pair; or the same difference in all
+        return float("nan") if error != 0 else float(mean == 0)
     n = len(x) - 1
     return float(mpmath.betainc(n / 2, 0.5, 0, n / (n + (mean / error) ** 2), regularized=True))
 
@@ -69,6 +68,8 @@ def holm(p: list[float]) -> list[float]:
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
     """
+    if any(x != x for x in p):
+        return [float("nan")] * len(p)  # too few seeds to test
     order, adjusted, least = sorted(range(len(p)), key=lambda i: p[i]), [0.0] * len(p), 0.0
     for k, i in enumerate(order):
         least = max(least, min(1.0, p[i] * (len(p) - k)))
@@ -113,7 +114,9 @@ def compared(group: dict, names: list[str], sampled: bool = False) -> str:
         p = holm([paired_t(theirs[name], ours) for name in tested])
         for name, chance in zip(tested, p, strict=True):
             gap = np.mean(theirs[name]) - np.mean(ours)
-            differences[name, key] = f"{gap:+.1f} (p {chance:.3f})" if chance == chance else "–"
+            differences[name, key] = f"{gap:+.1f}" + (
+                f" (p {chance:.3f})" if chance == chance else ""
+            )
     lines = [
         "| | " + " | ".join(title for title, _ in COLUMNS) + " | Acc@t2 less SCoRe's "
         "| Δ less SCoRe's | paper: t1 → t2, Δ |",
@@ -171,59 +174,69 @@ def three_attempts(group: dict) -> str:
     return "\n".join(lines)
 
 
-def share(numbers: list[float], digits: int = 1) -> str:
-    return "{:.{d}f} ± {:.{d}f}".format(*mean_error([100 * x for x in numbers]), d=digits)
+def shifted(group: dict) -> str:
+    """Return a table of how many wrong first attempts are repaired: the base's, fixed, and own."""
+    lines = [
+        "| sampled | repairs of the base's | of its own | spoils of the base's | of its own |",
+        "|---" * 5 + "|",
+    ]
+    for name in ("base", *names_of("main")):
+        if name not in group:
+            continue
+        row = []
+        for key in ("repair_rate", "spoil_rate"):
+            row.append([100 * run["repairs_of_base"][key] for run in group[name]])
+            row.append(values(group[name], key, sampled=True))
+        row = ["{:.1f} ± {:.1f}".format(*mean_error(x)) for x in row]
+        lines.append(f"| {TITLES[name]} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
 
 
-def claims(group: dict) -> list[tuple[str, str, bool]]:
-    """Return the paper's claims that the runs can speak to: words, what was found, does it hold."""
-    found = []
+def claim(words: str, x: list[float], y: list[float], level: float = 0.05) -> tuple[str, str, str]:
+    """Return the claim that x is above y, what was found, and a verdict: "yes", "no", or "not
+    shown" where x is above y on average, and the paired test does not reach the level."""
+    p = paired_t(x, y) if len(x) > 2 else float("nan")
+    tested = f", p {p:.4f}" if p == p else ""
+    verdict = "no" if np.mean(x) <= np.mean(y) else "yes" if p < level else "not shown"
+    return words, f"{np.mean(x):.1f} against {np.mean(y):.1f}{tested}", verdict
+
+
+def claims(group: dict) -> list[tuple[str, str, str]]:
+    """Return the paper's claims that the runs can speak to, as `claim` does."""
+    found, score = [], group["score"]
     trained = [name for name in names_of("main") if name in group and name != "score"]
-
-    def mean(name, key):
-        return np.mean(values(group[name], key))
-
     for key, title in (("acc_t2", "Acc@t2"), ("delta", "Δ")) if trained else ():
-        best = max(trained, key=lambda name, key=key: mean(name, key))
-        ours, theirs = mean("score", key), mean(best, key)
-        words = f"SCoRe has the highest {title} of the trained methods"
-        found.append(
-            (words, f"{ours:.1f}; next or best: {TITLES[best]} {theirs:.1f}", ours > theirs)
+        best = max(trained, key=lambda name, key=key: np.mean(values(group[name], key)))
+        words = (
+            f"SCoRe has the highest {title} of the trained methods (next or best: {TITLES[best]})"
         )
-    for name in ("multi_turn", "pair_sft"):
-        if name in group and len(group[name]) > 1:
-            x, y = (values(group[n], "delta") for n in ("score", name))
-            p = paired_t(x, y)
-            words = f"SCoRe's Δ is above that of {TITLES[name]}, p < 0.01"
-            found.append((words, f"{np.mean(x) - np.mean(y):+.1f}, p = {p:.4f}",
-                          bool(np.mean(x) > np.mean(y) and p < 0.01)))  # fmt: skip
-    for name in names_of("ablation"):
+        found.append(claim(words, values(score, key), values(group[best], key)))
+    for name, level in (("multi_turn", 0.01), ("pair_sft", 0.01)):
         if name in group:
-            gap = mean(name, "delta") - mean("score", "delta")
-            words = f"Δ falls: {TITLES[name]}"
-            found.append((words, f"{gap:+.1f}", bool(gap < 0)))
+            words = f"SCoRe's Δ is above that of {TITLES[name]} (p < {level})"
+            found.append(claim(words, values(score, "delta"), values(group[name], "delta"), level))
+    for name in [name for name in names_of("ablation") if name in group]:
+        words = f"SCoRe's Δ is above that {TITLES[name]}"
+        found.append(claim(words, values(score, "delta"), values(group[name], "delta")))
     if "multi_turn" in group:
-        first, last = ([run["curve"][i]["changed"] for run in group["multi_turn"]] for i in (0, -1))
-        words = "multi-turn RL changes its answers less and less"
-        found.append((words, f"{share(first)} % at first, {share(last)} % at last",
-                      bool(np.mean(last) < np.mean(first))))  # fmt: skip
-    votes = [run["votes"] for run in group["score"]]
-    both = [[v[kind][-1] for v in votes] for kind in ("sequential", "parallel")]
-    words = "of 32 answers, 16 corrected ones vote better than 32 first ones"
-    found.append((words, f"{share(both[0])} % against {share(both[1])} %",
-                  bool(np.mean(both[0]) > np.mean(both[1]))))  # fmt: skip
-    tries = np.mean([run["attempts"]["last"] for run in group["score"]], axis=0) * 100
-    words = "attempts 3 to 10 do not undo the second"
-    found.append((words, f"attempt 2 {tries[1]:.1f}, lowest later {tries[2:].min():.1f}",
-                  bool(tries[2:].min() >= tries[1] - 1)))  # fmt: skip
-    if "pair_sft" in group and "watched" in group["pair_sft"][0]:
-        rows = [run["watched"] for run in group["pair_sft"]]
-        for kind, rises in (("fixed", True), ("own", False)):
-            a, b = ([row[i][f"{kind}_sampled"] for row in rows] for i in (0, -1))
-            author = "the base's fixed" if rises else "its own"
-            words = f"Pair-SFT repairs {'more' if rises else 'less'} of {author} first attempts"
-            found.append((words, f"{share(a)} % before, {share(b)} % after",
-                          bool((np.mean(b) > np.mean(a)) == rises)))  # fmt: skip
+        ends = [[100 * run["curve"][i]["changed"] for run in group["multi_turn"]] for i in (0, -1)]
+        found.append(claim("multi-turn RL comes to change fewer of its answers", *ends))
+    votes = [[100 * run["votes"][k][-1] for run in score] for k in ("sequential", "parallel")]
+    found.append(claim("of 32 answers, 16 corrected ones vote better than 32 first ones", *votes))
+    for kind, title in (("last", "the last attempt"), ("whole", "all attempts")):
+        tries = [[100 * run["attempts"][kind][i] for run in score] for i in (9, 1)]
+        words, text, verdict = claim(f"attempt 10 is not below attempt 2, {title} in sight", *tries)
+        lower = verdict == "no" and not paired_t(*tries) >= 0.05
+        found.append((words, text, "no" if lower else "yes"))
+    rows = [run.get("watched", [{"step": None}]) for run in group.get("pair_sft", [])]
+    if rows and all(row[0]["step"] == 0 for row in rows):
+        fixed, own = (
+            [[100 * row[i][f"{kind}_sampled"] for row in rows] for i in (0, -1)]
+            for kind in ("fixed", "own")
+        )
+        words = "Pair-SFT comes to repair more of the base's fixed first attempts"
+        found.append(claim(words, fixed[1], fixed[0]))
+        found.append(claim("Pair-SFT comes to repair less of its own first attempts", *own))
     return found
 
 
@@ -239,12 +252,13 @@ def sections(runs: list[dict]) -> dict[str, str]:
         "Ablations, greedy": compared(group, rest),
         "Further variants, greedy": compared(group, ["score", "no_bonus", *names_of("more")]),
         "Correction or re-rolling": rerolled(group),
+        "Fixed and own first attempts": shifted(group),
     }
     if "three_turn" in group:
         found["Three attempts, greedy"] = three_attempts(group)
     found["Claims"] = "\n".join(
-        ["| the paper says | found here | holds |", "|---|---|---|"]
-        + [f"| {a} | {b} | {'yes' if holds else '**no**'} |" for a, b, holds in claims(group)]
+        ["| claim | found here (paired over seeds, p not corrected) | holds |", "|---|---|---|"]
+        + [f"| {a} | {b} | {c if c == 'yes' else f'**{c}**'} |" for a, b, c in claims(group)]
     )
     if all(name not in group for name in (*names_of("ablation", "more"), "single_turn")):
         del found["Ablations, greedy"], found["Further variants, greedy"]
@@ -253,12 +267,14 @@ def sections(runs: list[dict]) -> dict[str, str]:
 
 def about(runs: list[dict]) -> str:
     """Return one line on what was run."""
-    seeds = sorted({run["seed"] for run in runs})
-    commits = sorted({run["commit"] or "unknown" for run in runs})
+    seeds = ", ".join(str(seed) for seed in sorted({run["seed"] for run in runs}))
+    commits = sorted({run[key] or "unknown" for run in runs
+                      for key in ("commit", "evaluation_commit")})  # fmt: skip
+    threads = ", ".join(str(x) for x in sorted({run["threads"] for run in runs}))
     cost = [run["wall_seconds"] for run in runs if run["wall_seconds"]]
     return (
-        f"{len(runs)} runs, seeds {seeds[0]} to {seeds[-1]}, {runs[0]['n']:,} problems of split "
-        f"'{runs[0]['split']}', one thread each; commit {', '.join(commits)}; "
+        f"{len(runs)} runs, seeds {seeds}; {runs[0]['n']:,} problems of split "
+        f"'{runs[0]['split']}'; threads a run: {threads}; commit {', '.join(commits)}; "
         f"{sum(cost) / 3600:.1f} hours of one core for {len(cost)} of them."
     )
 
@@ -354,8 +370,8 @@ def plot_edits(plt, group):
         counts = sum(np.array(run["edits"]["t1"]) for run in group[name])
         share = 100 * counts / counts.sum()
         axis.bar(np.arange(20) / 20 + 0.025, share, width=0.05, color=COLOURS[name])
-        axis.set(title=TITLES[name], xlabel="edit distance ratio", xlim=(0, 0.6))
-    axes[0, 0].set(ylabel="% of problems", ylim=(0, 100))
+        axis.set(title=TITLES[name], xlabel="edit distance ratio", xlim=(0, 1))
+    axes[0, 0].set(ylabel="% of problems, sampled", ylim=(0, 100))
     return figure
 
 
@@ -441,8 +457,15 @@ PLOTS = {
 
 def main(argv: list[str]) -> int:
     """Write tables (Markdown) and figures (PNG, SVG) beside the JSON. Return the exit status."""
+    if len(argv) != 1:
+        print("usage: python figures.py STUDY.json", file=sys.stderr)
+        return 2
     path = Path(argv[0])
-    runs = json.loads(path.read_text())
+    try:
+        runs = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        print(f"figures.py: error: {path} is not a study's JSON: {error}", file=sys.stderr)
+        return 2
     tune = len({run["config"]["lr"] for run in runs}) > 1
     found = {"Learning rates": tuning(runs)} if tune else sections(runs)
     text = about(runs) + "".join(f"\n\n## {title}\n\n{table}" for title, table in found.items())

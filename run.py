@@ -99,7 +99,9 @@ class Config:
     )
     batch: int = knob(256, "rollouts a step", 2, 2**20)
     group: int = knob(4, "rollouts of each problem (leave-one-out baseline)", 2, 2**20)
-    micro_batch: int = knob(0, "rollouts in one backward pass, whole groups; 0: all", 0, 2**20)
+    micro_batch: int = knob(
+        0, "rollouts in one backward pass of RL, whole groups; 0: all", 0, 2**20
+    )
     lr: float = knob(7e-4, "learning rate", 0, 1)
     warmup: int = knob(20, "steps of linear warm-up in each stage", 0, 10**9)
     clip: float = knob(1.0, "limit of the gradient's norm", 1e-9, 1e9)
@@ -142,7 +144,7 @@ class Config:
                              "must add up to at most 1")  # fmt: skip
         if self.rounds > min(self.stage1_steps, self.stage2_steps):
             raise ValueError(f"--rounds must be at most the steps of a stage, got {self.rounds}")
-        if self.iterations > self.stage2_steps:
+        if self.method.startswith("star") and self.iterations > self.stage2_steps:
             raise ValueError(
                 f"--iterations must be at most the steps of Stage II, got {self.iterations}"
             )
@@ -192,6 +194,7 @@ class Phase(NamedTuple):
     objective: "sft", "stage1", "stage2"; "single_turn", which rewards attempt 1 alone; "stage1b",
     which rewards attempt 3; "star" and "pair_sft", which imitate.
     attempts: how many are sampled. plus: imitate also what was right at both attempts.
+    continues: goes on with the optimiser of the phase before, without a new warm-up.
     """
 
     name: str
@@ -200,6 +203,7 @@ class Phase(NamedTuple):
     alpha: float = 0.0
     attempts: int = 2
     plus: bool = False
+    continues: bool = False
 
 
 def schedule(c: Config) -> list[Phase]:
@@ -217,13 +221,13 @@ def schedule(c: Config) -> list[Phase]:
         "multi_turn": [Phase("multi_turn", "stage2", both)],  # eq. 4 without the bonus
         "no_stage1": [Phase("no_stage1", "stage2", both, c.alpha)],
         "single_turn": [Phase("single_turn", "single_turn", both)],
-        "star": split(Phase("star", "star", both), c.iterations),
-        "star_plus": split(Phase("star_plus", "star", both, plus=True), c.iterations),
+        "star": iterated(Phase("star", "star", both), c.iterations),
+        "star_plus": iterated(Phase("star_plus", "star", both, plus=True), c.iterations),
         "pair_sft": [Phase("pair_sft", "pair_sft", both)],
         "pair_sft_plus": [Phase("pair_sft_plus", "pair_sft", both, plus=True)],
         "star_stage2": [
             stage1,
-            *split(Phase("star_stage2", "star", c.stage2_steps, plus=True), c.iterations),
+            *iterated(Phase("star_stage2", "star", c.stage2_steps, plus=True), c.iterations),
         ],
         "three_turn": [  # ICLR's appendix: Stage I in two halves, then three attempts
             *(
@@ -243,6 +247,12 @@ def schedule(c: Config) -> list[Phase]:
     if c.rounds > 1:
         phases[-2] = phases[-2]._replace(name=f"stage1-{c.rounds}")
     return [base, *phases[:-1], phases[-1]._replace(name=c.method)]
+
+
+def iterated(phase: Phase, n: int) -> list[Phase]:
+    """Return the iterations of a phase: it samples anew in each, and is otherwise one phase."""
+    first, *rest = split(phase, n)
+    return [first, *(part._replace(continues=True) for part in rest)]
 
 
 def split(phase: Phase, n: int) -> list[Phase]:
@@ -520,9 +530,9 @@ def restore(folder: Path) -> Run:
         run.problem_rng.bit_generator.state = json.loads(content["problem_rng"])
         run.sampler.set_state(content["sampler"])
         run.progress = Progress(**content["progress"])
-        if 0 < run.progress.phase:
-            before = schedule(config)[run.progress.phase - 1]
-            run.previous = read_phase(folder, before, config)[0].requires_grad_(False)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         raise ValueError(f"{path} does not fit {folder / 'config.json'}") from None
+    if run.progress.phase > 0:
+        before = schedule(config)[run.progress.phase - 1]
+        run.previous = read_phase(folder, before, config)[0].requires_grad_(False)
     return run

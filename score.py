@@ -319,7 +319,7 @@ def rl_step(run: Run, phase: Phase) -> dict:
         more |= dict(author1=run.base, offline1_B=offline1_B)
     r, _, rewards, dropped = collect(run, run.policy, **more)
     B, own_B = len(r.ids_BT), ~r.offline1_B
-    if c.offline < 1 and not own_B.any():
+    if not own_B.any() and not ("offline1_B" in more and more["offline1_B"].all()):
         raise RuntimeError("no verdict on any problem whose first attempt is the policy's own")
     anchor = run.previous if phase.objective == "stage1b" else run.base
 
@@ -368,8 +368,8 @@ def loss_of(phase: Phase, c: Config, beta2: float, r: Rollout, logp_BS, kls, rew
 
 
 def summary(r: Rollout, rewards: list[torch.Tensor]) -> dict:
-    """Return what is logged of sampled attempts; of attempt 1 and 2 in rows that are all its own,
-    if there are any."""
+    """Return what is logged of sampled attempts; accuracies of the rows whose first attempt is the
+    sampled policy's own, if there are any."""
     of_B = ~r.offline1_B if not r.offline1_B.all() else r.offline1_B
     acc_t1, acc_t2 = (x[of_B].mean().item() for x in rewards[:2])
     changed = [a != b for a, b in zip(written(r, 1), written(r, 2), strict=True)]
@@ -528,11 +528,11 @@ def step(run: Run, phase: Phase) -> dict:
 
 
 def learning_rate(c: Config, phase: Phase, step: int) -> float:
-    """Return the rate of a step (counted from 0): a linear warm-up in every phase; then it falls to
-    0 while the base is trained, and is constant in the stages."""
+    """Return the rate of a step (counted from 0): a linear warm-up in a phase that continues no
+    other; then it falls to 0 while the base is trained, and is constant in the stages."""
     if phase.objective == "sft":
         return c.sft_lr * min(1.0, (step + 1) / (c.sft_warmup + 1)) * (1 - step / phase.steps)
-    return c.lr * min(1.0, (step + 1) / (c.warmup + 1))
+    return c.lr if phase.continues else c.lr * min(1.0, (step + 1) / (c.warmup + 1))
 
 
 def judge_block(run: Run, phase: Phase, row: dict) -> None:
@@ -542,7 +542,9 @@ def judge_block(run: Run, phase: Phase, row: dict) -> None:
     Source: arXiv 2409.12917v2, section 6, selects checkpoints by training reward.
     """
     p = run.progress
-    reward = row["acc_t1"] + row["acc_t2"] + row.get("acc_t3", 0.0)
+    reward = row["acc_t1"] + row.get("acc_t3", 0.0)
+    if phase.objective != "single_turn":  # its training reward is attempt 1's
+        reward += row["acc_t2"]
     p.block.append((reward, row["delta"]))
     if len(p.block) < BLOCK:
         return
@@ -571,7 +573,7 @@ def finish_phase(run: Run, phase: Phase) -> None:
     if c.select == "best" and run.best is not None:
         run.policy.load_state_dict(run.best)
         step = p.best_step
-        print(f"{phase.name:>10} keeps the weights of step {step}: highest r1 + r2 in training")
+        print(f"{phase.name:>10} keeps the weights of step {step}: highest reward in training")
     content = dict(
         model=run.policy.state_dict(), steps=p.step, selected_step=step, seconds=p.seconds
     )
@@ -580,7 +582,10 @@ def finish_phase(run: Run, phase: Phase) -> None:
     run.previous = copy.deepcopy(run.policy).requires_grad_(False)
     if phase.objective == "sft":
         run.base = run.previous
-    run.optimizer, run.best = new_optimizer(run.policy), None
+    later = schedule(c)[p.phase + 1 :]
+    if not (later and later[0].continues):
+        run.optimizer = new_optimizer(run.policy)
+    run.best = None
     run.progress = Progress(phase=p.phase + 1, beta2=p.beta2, log_bytes=p.log_bytes)
 
 

@@ -6,7 +6,7 @@ so that figures do not depend on the number of cores; a finished run is kept, a 
 
     python eval.py --study              # all methods and variants, five seeds: --help says how long
     python eval.py --study --quick      # two seeds, four methods
-    python eval.py --study --tune       # the learning rates that each method was given
+    python eval.py --study --tune       # what other learning rates would have given each method
 
 `figures.py` makes tables, tests and figures of what is collected here.
 Dimension key: N problems.
@@ -71,7 +71,7 @@ VARIANTS = {
     "three_turn": Variant("three attempts", "more", dict(method="three_turn")),
 }
 QUICK = ("score", "multi_turn", "star_plus", "pair_sft")
-RATES = (3.5e-4, 7e-4, 1.4e-3)  # learning rates that every method was tried with
+RATES = (3.5e-4, 7e-4, 1.4e-3)  # the study uses the middle one for all methods
 TUNED = ("score", "multi_turn", "single_turn", "star", "star_plus", "pair_sft", "pair_sft_plus")
 WATCHED, WATCH = ("score", "pair_sft"), 10  # measured on the way, every so many steps
 
@@ -87,12 +87,12 @@ class Job(NamedTuple):
 
 def jobs(names, seeds, runs: Path, rates=(None,), **options) -> list[Job]:
     """Return the runs of a study, bases first."""
-    found = []
+    found, seeds = [], dict.fromkeys(seeds)  # each once: a copy is no further evidence
     for seed in seeds:
         config = Config(method="base", seed=seed, **options)
         found.append(Job("base", config, runs / f"base-seed{seed}", None))
     for seed in seeds:
-        for name in names:
+        for name in dict.fromkeys(("score", *names)):
             for rate in rates:
                 given = options | VARIANTS[name].options | ({} if rate is None else {"lr": rate})
                 end = "" if rate is None else f"-lr{rate:g}"
@@ -106,7 +106,10 @@ def jobs(names, seeds, runs: Path, rates=(None,), **options) -> list[Job]:
 
 
 def after(problems: list[verify.Problem], r: Rollout) -> list[verify.Problem]:
-    """Return problems whose prompt has gone on to where the next attempt begins: `x1 y1 p1`."""
+    """Return problems whose prompt has gone on to where the next attempt begins: `x1 y1 p1`.
+
+    Through text and back, which is exact here: the toys' tokens are single characters.
+    """
     said = zip(
         texts(r, 1, encoding_of(problems[0].kind)),
         r.truncated_BK[:, 0].tolist(),
@@ -170,14 +173,14 @@ def votes(model: GPT, c: Config, problems, most: int = 32, temperature: float = 
     """Return the accuracy of majority votes at budgets of 2, 4, .. answers a problem.
 
     parallel: so many first attempts vote. sequential: half as many, each corrected once, and the
-    corrected ones vote. Ties go to the answer that came first.
+    corrected ones vote. Votes are for texts (in countdown 3+8 is not 8+3); all that were cut are
+    one candidate, which is not right. Ties go to the answer that came first.
     Source: arXiv 2409.12917v2, section 6.2 (2K parallel samples, or K with one correction each).
     """
     rows = [problem for problem in problems for _ in range(most)]
     half = [problem for problem in problems for _ in range(most // 2)]
-    encoding = encoding_of(problems[0].kind)
-    parallel = texts(say(model, c, rows, temperature, 3), 1, encoding)
-    sequential = texts(say(model, c, half, temperature, 4, attempts=2), 2, encoding)
+    parallel = ended(say(model, c, rows, temperature, 3), 1, rows)
+    sequential = ended(say(model, c, half, temperature, 4, attempts=2), 2, half)
     found = dict(budget=[2**i for i in range(1, most.bit_length())], parallel=[], sequential=[])
     for budget in found["budget"]:
         for kind, answers, have, use in (
@@ -188,9 +191,19 @@ def votes(model: GPT, c: Config, problems, most: int = 32, temperature: float = 
                 collections.Counter(answers[i * have : i * have + use]).most_common(1)[0][0]
                 for i in range(len(problems))
             ]
-            judged = [verify.judge(*pair).reward for pair in zip(problems, chosen, strict=True)]
+            judged = [
+                text is not None and verify.judge(problem, text).reward
+                for problem, text in zip(problems, chosen, strict=True)
+            ]
             found[kind].append(sum(judged) / len(judged))
     return found
+
+
+def ended(r: Rollout, turn: int, problems) -> list[str | None]:
+    """Return each row's attempt as text, None where it was cut."""
+    rows = zip(texts(r, turn, encoding_of(problems[0].kind)), r.truncated_BK[:, turn - 1].tolist(),
+               strict=True)  # fmt: skip
+    return [None if cut else text for text, cut in rows]
 
 
 def carry_chain(a: int, b: int) -> int:
@@ -267,9 +280,9 @@ class Pause(threading.Event):
 
 def watch(run, c: Config, n: int, path: Path) -> None:
     """Train a run to its end; every WATCH steps, note how well it repairs the base's first attempts
-    and its own."""
+    and its own. The weights are those in training, whichever the run keeps in the end."""
     problems = draw(c, n, "test", np.random.default_rng(2))
-    seen = json.loads(path.read_text()) if path.exists() else []
+    seen = read(path) or []
 
     def note():
         before = sum(phase.steps for phase in schedule(c)[1 : run.progress.phase])
@@ -327,8 +340,19 @@ def measure(job: Job, n: int, split: str) -> dict:
 def write(content, path: Path) -> None:
     """Write JSON under a temporary name, then rename it."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content) + "\n")
+    with open(part, "w") as file:
+        file.write(json.dumps(content) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(part, path)
+
+
+def read(path: Path):
+    """Return what `write` wrote; None if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def work(job: Job, n: int, split: str) -> None:
@@ -340,7 +364,7 @@ def work(job: Job, n: int, split: str) -> None:
     lock = open(job.folder.with_name(job.folder.name + ".lock"), "w")
     fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends: another study's job may still run
     path = job.folder / f"study-{split}-{n}.json"
-    if path.exists() and read_about(job.folder)[0] == job.config:
+    if read(path) is not None and read_about(job.folder)[0] == job.config:
         return
     start = time.monotonic()
     new = not job.folder.exists()
@@ -387,8 +411,7 @@ def run_all(todo: list[Job], n: int, split: str, workers: int) -> list[dict]:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)
                 future.result()
-                path = job.folder / f"study-{split}-{n}.json"
-                found[job.folder] = json.loads(path.read_text())
+                found[job.folder] = read(job.folder / f"study-{split}-{n}.json")
                 show(job, found, todo, workers)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -422,7 +445,7 @@ def main(argv: list[str]) -> int:
     kind.add_argument(
         "--tune", action="store_true", help="three learning rates a method, dev split"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2 3 4; to tune 120 121")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2 3 4; to tune 120")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="NAME", help="some methods")
     parser.add_argument("--runs", type=Path, help="folder of all runs (default: runs/study-TASK)")
     parser.add_argument("--out", type=Path, help="folder of results (default: in that of the runs)")
@@ -441,20 +464,23 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"--workers must be at least 1, got {args.workers}")
         name = "tune" if args.tune else "quick" if args.quick else "study"
         names = args.only or {"tune": TUNED, "quick": QUICK, "study": tuple(VARIANTS)}[name]
-        seeds = args.seeds or {"tune": (120, 121), "quick": (0, 1)}.get(name, (0, 1, 2, 3, 4))
+        seeds = args.seeds or {"tune": (120,), "quick": (0, 1)}.get(name, (0, 1, 2, 3, 4))
+        for option in ("--resume", "--run", "--base", "--seed", "--method"):
+            if any(word.split("=")[0] == option for word in rest):
+                raise ValueError(f"{option} is not for a study, which sets it: see --help")
         given = asdict(parse(rest)[0])
+        if given["eval_n"] < 4:
+            raise ValueError(f"--eval-n must be at least 4 in a study, got {given['eval_n']}")
         args.runs = args.runs or Path("runs") / f"study-{given['task']}"
         options = {key: x for key, x in given.items() if x != getattr(Config(), key)}
         split, n = ("dev" if args.tune else "test"), given["eval_n"]
         todo = jobs(names, seeds, args.runs, RATES if args.tune else (None,), **options)
         args.runs.mkdir(parents=True, exist_ok=True)
+        name += "-part" if args.only or args.seeds else ""
         out = args.out or args.runs / f"{name}-results"
         out.mkdir(parents=True, exist_ok=True)
         found = run_all(todo, n, split, args.workers)
-        lines = ",\n".join(json.dumps(run) for run in found)
-        part = out / f"{name}.json.part"
-        part.write_text(f"[\n{lines}\n]\n")
-        os.replace(part, out / f"{name}.json")
+        write(found, out / f"{name}.json")
     except KeyboardInterrupt:
         print("stopped; finished runs are kept: the same command goes on", file=sys.stderr)
         return 130
