@@ -88,10 +88,15 @@ def grouped(runs: list[dict]) -> dict[str, list[dict]]:
     return found
 
 
+def points(x: float | None) -> float:
+    """Return a share in per cent; nan for a rate among none."""
+    return float("nan") if x is None else 100 * x
+
+
 def values(runs: list[dict], key: str, sampled: bool = False) -> list[float]:
     """Return a metric of each run's last phase, in per cent."""
     last = [list(run["phases"].values())[-1] for run in runs]
-    return [100 * (m["sampled"] if sampled else m)[key] for m in last]
+    return [points((m["sampled"] if sampled else m)[key]) for m in last]
 
 
 def cells(columns: list[list[float]]) -> str:
@@ -151,7 +156,7 @@ def rerolled(group: dict) -> str:
         sampled = [list(run["phases"].values())[-1]["sampled"] for run in group[name]]
         for source in (sampled, [run["resampled"] for run in group[name]]):
             for key in ("acc_t1", "acc_t2", "delta", "repair_rate")[source is not sampled :]:
-                mean, error = mean_error([100 * m[key] for m in source])
+                mean, error = mean_error([points(m[key]) for m in source])
                 row.append(f"{mean:{'+' if key == 'delta' else ''}.1f} ± {error:.1f}")
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
@@ -185,7 +190,7 @@ def shifted(group: dict) -> str:
             continue
         row = []
         for key in ("repair_rate", "spoil_rate"):
-            row.append([100 * run["repairs_of_base"][key] for run in group[name]])
+            row.append([points(run["repairs_of_base"][key]) for run in group[name]])
             row.append(values(group[name], key, sampled=True))
         row = ["{:.1f} ± {:.1f}".format(*mean_error(x)) for x in row]
         lines.append(f"| {TITLES[name]} | " + " | ".join(row) + " |")
@@ -231,7 +236,7 @@ def claims(group: dict) -> list[tuple[str, str, str]]:
     rows = [run.get("watched", [{"step": None}]) for run in group.get("pair_sft", [])]
     if rows and all(row[0]["step"] == 0 for row in rows):
         fixed, own = (
-            [[100 * row[i][f"{kind}_sampled"] for row in rows] for i in (0, -1)]
+            [[points(row[i][f"{kind}_sampled"]) for row in rows] for i in (0, -1)]
             for kind in ("fixed", "own")
         )
         words = "Pair-SFT comes to repair more of the base's fixed first attempts"
@@ -479,7 +484,7 @@ def main(argv: list[str]) -> int:
         print(f"figures.py: {error}", file=sys.stderr)
         return 2
     for name, plot in PLOTS.items():
-        if name == "difficulty" and "by_carry" not in runs[0]:
+        if name == "difficulty" and "by_carry" not in grouped(runs)["score"][0]:
             continue  # of additions only
         figure = plot(plt, grouped(runs))
         for kind, about_file in (("png", {"Software": None}), ("svg", {"Date": None})):

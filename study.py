@@ -361,25 +361,25 @@ def work(job: Job, n: int, split: str) -> None:
     Raises:
       ValueError: the folder holds a run of other settings.
     """
-    lock = open(job.folder.with_name(job.folder.name + ".lock"), "w")
-    fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends: another study's job may still run
-    path = job.folder / f"study-{split}-{n}.json"
-    if read(path) is not None and read_about(job.folder)[0] == job.config:
-        return
-    start = time.monotonic()
-    new = not job.folder.exists()
-    run = create(job.config, job.folder, job.base) if new else restore(job.folder)
-    if run.config != job.config:
-        raise ValueError(
-            f"{job.folder} is a run of other settings: remove it, or name other --runs"
-        )
-    if job.name in WATCHED and split == "test":
-        watch(run, job.config, n // 4, job.folder / "watched.json")
-    else:
-        train(run, threading.Event())
-    content = measure(job, n, split)
-    wall = {"wall_seconds": round(time.monotonic() - start, 1)} if new else {"wall_seconds": None}
-    write(content | wall, path)
+    with open(job.folder.with_name(job.folder.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the job of a study that was killed may still be at it
+        path = job.folder / f"study-{split}-{n}.json"
+        if read(path) is not None and read_about(job.folder)[0] == job.config:
+            return
+        start = time.monotonic()
+        new = not job.folder.exists()
+        run = create(job.config, job.folder, job.base) if new else restore(job.folder)
+        if run.config != job.config:
+            raise ValueError(
+                f"{job.folder} is a run of other settings: remove it, or name other --runs"
+            )
+        if job.name in WATCHED and split == "test":
+            watch(run, job.config, n // 4, job.folder / "watched.json")
+        else:
+            train(run, threading.Event())
+        content = measure(job, n, split)
+        content["wall_seconds"] = round(time.monotonic() - start, 1) if new else None
+        write(content, path)
 
 
 def start(job: Job, n: int, split: str) -> None:

@@ -13,12 +13,15 @@ from test_run import options
 from test_score import TINY
 from truth import ROOT
 
+import figures
 import run as runs
+import study
 
-README = (ROOT / "README.md").read_text()
+README, NOTES, STUDY = ((ROOT / f"{name}.md").read_text() for name in ("README", "NOTES", "STUDY"))
+RESULTS = ROOT / "tests/results/study"
 MODULES = (
     "algebra.py", "latex.py", "sandbox.py", "countdown.py", "verify.py", "model.py", "rollout.py",
-    "run.py", "score.py", "eval.py",
+    "run.py", "score.py", "eval.py", "study.py", "figures.py",
 )  # fmt: skip
 
 
@@ -30,6 +33,9 @@ def commands(text, indent=""):
 
 def fenced(text):
     return "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+
+
+KNOWN = commands(fenced(README + NOTES + STUDY))
 
 
 def execute(command, folder):
@@ -73,7 +79,7 @@ def test_the_readmes_commands_run_in_the_order_of_the_page(folder):
     found = commands(fenced(README))
     assert found[0] == "pip install -r requirements.txt && python score.py"
     assert "pip install -r tests/requirements.txt && python -m pytest" in found
-    for command in found:
+    for command in found + commands(fenced(NOTES)) + commands(fenced(STUDY)):
         execute(command, folder)
 
 
@@ -87,18 +93,53 @@ def test_the_modules_commands_run(module, folder):
         words = shlex.split(line, comments=True)
         if words[1] == "-c":
             subprocess.run([sys.executable, *words[1:]], cwd=ROOT, check=True, capture_output=True)
-        elif words != ["python", "score.py"] and " ".join(words) not in commands(fenced(README)):
+        elif words != ["python", "score.py"] and " ".join(words) not in KNOWN:
             execute(" ".join(words), folder)
 
 
 def test_the_readmes_tables_are_those_of_the_results_file():
     results = json.loads(seeds.RESULTS.read_text())
-    assert seeds.tables(results) in README
+    assert seeds.tables(results) in NOTES
+
+
+def test_the_studys_tables_are_those_of_its_results():
+    """All tables of both studies, word for word; README has the first."""
+    runs_of = {}
+    for path, text in ((RESULTS / "study.json", STUDY), (RESULTS / "countdown.json", STUDY)):
+        runs_of[path.stem] = found = json.loads(path.read_text())
+        tables = figures.sections(found)
+        if path.stem == "countdown":
+            tables = {key: tables[key] for key in ("Methods, greedy", "Claims")}
+        assert all(table in text for table in tables.values()), path
+    main = figures.sections(runs_of["study"])["Methods, greedy"]
+    assert main in README and figures.about(runs_of["study"]) in STUDY.replace("\n", " ")
+    assert figures.about(runs_of["countdown"]) in STUDY.replace("\n", " ")
+
+
+def test_the_study_has_every_method_of_five_seeds_and_the_figures_are_there():
+    found = json.loads((RESULTS / "study.json").read_text())
+    names = ["base", *study.VARIANTS]
+    assert sorted((r["name"], r["seed"]) for r in found) == sorted(
+        (name, seed) for name in names for seed in range(5)
+    )
+    for r in found:
+        given = {"method": "base"} if r["name"] == "base" else study.VARIANTS[r["name"]].options
+        assert runs.Config(**r["config"]) == runs.Config(seed=r["seed"], **given)
+        assert (r["split"], r["n"], r["threads"]) == ("test", 2000, 1)
+    for name in figures.PLOTS:
+        assert (RESULTS / f"{name}.svg").is_file()
+        assert f"](tests/results/study/{name}.png)" in STUDY and (RESULTS / f"{name}.png").is_file()
+    countdown = json.loads((RESULTS / "countdown.json").read_text())
+    assert {(r["name"], r["seed"]) for r in countdown} == {
+        (name, seed) for name in ("base", "score", "multi_turn") for seed in range(5)
+    }
+    deltas = [r["phases"]["score"]["delta"] for r in countdown if r["name"] == "score"]
+    assert min(deltas) > 0  # as STUDY.md says
 
 
 def test_the_verifiers_table_is_that_of_its_results_file_and_says_what_is_claimed():
     results = json.loads(bench_verify.RESULTS.read_text())
-    assert bench_verify.table(results) in README
+    assert bench_verify.table(results) in NOTES
     found = results["sets"]
     assert list(found) == list(bench_verify.SETS)
     ours, theirs = found["pairs"]

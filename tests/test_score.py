@@ -5,15 +5,18 @@ import json
 import math
 import threading
 
+import numpy as np
 import pytest
 import torch
 import truth
 from hypothesis import given
 from hypothesis import strategies as st
 
+import countdown
 import rollout
 import run as runs
 import score
+import verify
 
 
 @given(st.integers(2, 5), st.integers(1, 4), st.integers(0, 99))
@@ -263,14 +266,89 @@ def test_multi_turn_is_stage_2_without_bonus_for_as_many_steps():
     assert [(p.objective, p.steps, p.alpha) for p in phases[1:]] == [("stage2", 12, 0.0)]
 
 
-def test_ablations_and_baselines_take_as_many_steps():
-    def phases(method):
-        c = runs.Config(method=method, stage1_steps=7, stage2_steps=5, alpha=3.0)
-        return [(p.name, p.objective, p.steps, p.alpha) for p in runs.schedule(c)[1:]]
+STAGE1 = ("stage1", "stage1", 7, 0.0, 2, False, False)
+PHASES = {  # name, objective, steps, alpha, attempts, plus, continues; after the base
+    "base": [],
+    "score": [STAGE1, ("score", "stage2", 5, 3.0, 2, False, False)],
+    "multi_turn": [("multi_turn", "stage2", 12, 0.0, 2, False, False)],
+    "single_turn": [("single_turn", "single_turn", 12, 0.0, 2, False, False)],
+    "no_stage1": [("no_stage1", "stage2", 12, 3.0, 2, False, False)],
+    "no_bonus": [STAGE1, ("no_bonus", "stage2", 5, 0.0, 2, False, False)],
+    "star": [(f"star{i}", "star", 4, 0.0, 2, False, i != "-1") for i in ("-1", "-2", "")],
+    "star_plus": [(f"star_plus{i}", "star", 4, 0.0, 2, True, i != "-1") for i in ("-1", "-2", "")],
+    "pair_sft": [("pair_sft", "pair_sft", 12, 0.0, 2, False, False)],
+    "pair_sft_plus": [("pair_sft_plus", "pair_sft", 12, 0.0, 2, True, False)],
+    "star_stage2": [
+        STAGE1,
+        ("star_stage2-1", "star", 1, 0.0, 2, True, False),
+        ("star_stage2-2", "star", 2, 0.0, 2, True, True),
+        ("star_stage2", "star", 2, 0.0, 2, True, True),
+    ],
+    "three_turn": [
+        ("stage1", "stage1", 3, 0.0, 2, False, False),
+        ("stage1b", "stage1b", 4, 0.0, 3, False, False),
+        ("three_turn", "stage2", 5, 3.0, 3, False, False),
+    ],
+}
 
-    assert phases("no_stage1") == [("no_stage1", "stage2", 12, 3.0)]
-    assert phases("single_turn") == [("single_turn", "single_turn", 12, 0.0)]
-    assert phases("no_bonus") == [("stage1", "stage1", 7, 0.0), ("no_bonus", "stage2", 5, 0.0)]
+
+@pytest.mark.parametrize("method", runs.METHODS)
+def test_the_phases_of_every_method(method):
+    c = runs.Config(method=method, stage1_steps=7, stage2_steps=5, alpha=3.0)
+    base, *rest = runs.schedule(c)
+    assert base == ("base", "sft", 1500, 0.0, 2, False, False)
+    assert rest == PHASES[method] and sum(p.steps for p in rest) in (0, 12)
+
+
+def test_star_samples_from_what_its_last_iteration_has_become(tmp_path, monkeypatch):
+    """And Pair-SFT from the base; STaR's iterations share one optimiser and one warm-up."""
+    authors, real = [], score.sample
+
+    def sample(model, *words, **more):
+        authors.append(copy.deepcopy(model.state_dict()))
+        return real(model, *words, **more)
+
+    monkeypatch.setattr(score, "check_sampler", lambda *_: None)
+    monkeypatch.setattr(score, "sample", sample)
+    monkeypatch.setattr(  # so that there is something to imitate
+        score, "grade", lambda r, problems: [torch.zeros(len(problems)), torch.ones(len(problems))]
+    )
+    for method, expected in (
+        ("star", ["base", "base", "star-1", "star-1", "star-2", "star-2"]),
+        ("pair_sft", ["base"] * 6),
+    ):
+        authors.clear()
+        train(tmp_path / method, method=method)
+        assert len(authors) == 6
+        for found, name in zip(authors, expected, strict=True):
+            kept = runs.load(tmp_path / method / f"{name}.pt")["model"]
+            assert all(torch.equal(found[key], kept[key]) for key in kept)
+    a, b = (runs.load(tmp_path / "star" / f"{x}.pt")["model"] for x in ("star-1", "star-2"))
+    assert not all(torch.equal(a[key], b[key]) for key in a)
+
+    c = runs.Config(**TINY | dict(warmup=3), method="star")
+    rates = [score.learning_rate(c, phase, 0) / c.lr for phase in runs.schedule(c)[1:]]
+    assert rates == [0.25, 1.0, 1.0]
+    run = runs.create(c, tmp_path / "optimiser")
+    kept = []
+    for phase in runs.schedule(c):
+        kept.append(run.optimizer)
+        score.finish_phase(run, phase)
+    assert kept[0] is not kept[1] and kept[1] is kept[2] is kept[3]
+
+
+@pytest.mark.parametrize("task", ["addition", "countdown"])
+def test_the_base_reads_training_problems_of_the_runs_own_split(task):
+    c = runs.Config(task=task, split_seed=1)
+    read = runs.documents(c, 400, np.random.default_rng(0), clean=True)
+    for prompt, *_ in read:
+        if task == "addition":
+            a, b = prompt.removesuffix("=").split("+")
+            assert verify.split_of(np.array([int(a)]), np.array([int(b)]), 1)[0] == "train"
+        else:
+            numbers, target = prompt.removesuffix("=").split(":")
+            numbers = [int(x) for x in numbers.split()]
+            assert countdown.split_of(numbers, int(target), 1) == "train"
 
 
 def test_single_turn_training_leaves_what_only_attempt_2_would_teach(tmp_path):

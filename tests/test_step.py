@@ -248,6 +248,19 @@ def test_the_phases_of_score():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("objective", "expected"), [("stage2", 0.75), ("single_turn", 0.25), ("stage1b", 0.875)]
+)
+def test_blocks_are_judged_by_the_rewards_of_their_training(tmp_path, objective, expected):
+    run = runs.new_run(replace(CONFIG, method="single_turn"), tmp_path)
+    row = dict(acc_t1=0.25, acc_t2=0.5, delta=0.25)
+    if objective == "stage1b":
+        row["acc_t3"] = 0.125
+    for run.progress.step in range(1, runs.BLOCK + 1):
+        score.judge_block(run, runs.Phase("single_turn", objective, 5), row)
+    assert run.progress.best_reward == pytest.approx(expected) and run.best is not None
+
+
 def test_rates_warm_up_and_the_bases_falls_to_zero():
     c = runs.Config(lr=0.1, warmup=4, sft_lr=0.2, sft_warmup=4, sft_steps=10)
     base, stage = runs.Phase("base", "sft", 10), runs.Phase("stage1", "stage1", 10)

@@ -516,5 +516,5 @@ def test_tables_give_means_errors_and_differences_in_points():
     lines = figures.compared(figures.grouped(invented()), ["base", "score", "multi_turn"])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines.splitlines()]
     assert rows[3][:4] == ["**SCoRe**", "60.0 ± 0.0", "95.1 ± 0.1", "+35.1 ± 0.1"]
-    assert rows[4][6:8] == ["-10.0 (p 0.000)", "-30.0 (p 0.000)"]
+    assert rows[4][6:8] == ["-10.1 (p 0.000)", "-30.1 (p 0.000)"]
     assert rows[3][8] == "60.0 → 64.4, +4.4"
