@@ -52,7 +52,9 @@ def execute(command, folder):
         if words[1] == "score.py" and "--resume" not in words and "--help" not in words:
             words += options(**TINY)
         if "--study" in words:
-            words += ["--seeds", "0", "1", "--only", "score", "multi_turn", *options(**TINY)]
+            words += ["--seeds", "0", "--only", "score", *options(**TINY)]
+        if words[1] == "figures.py":  # what only a part of the runs is from has another name
+            words[2] = words[2].replace("quick", "quick-part")
         if words[1] == "tests/seeds.py" and "--table" not in words:
             words += ["--seeds", "0", "1", "--runs", "runs/seeds", "--out", "seeds.json"]
             words += options(**TINY)
