@@ -30,7 +30,9 @@ PAPER = {  # Acc@t1, Acc@t2, delta, i->c, c->i on MATH: arXiv 2409.12917v2, tabl
     "star_stage2": (56.2, 58.4, 2.2),
     "offline": (60.4, 60.6, 0.2),  # ICLR version only: "w/o online turn 1 samples"
 }
-TITLES = {"base": "base"} | {name: variant.title for name, variant in VARIANTS.items()}
+TITLES = {"base": "base", "stage1": "SCoRe's Stage I alone"} | {
+    name: variant.title for name, variant in VARIANTS.items()
+}
 COLOURS = {  # Okabe and Ito's, told apart by the colour-blind
     "base": "#555555", "score": "#0072B2", "multi_turn": "#D55E00", "single_turn": "#E69F00",
     "star": "#56B4E9", "star_plus": "#009E73", "pair_sft": "#CC79A7",
@@ -81,10 +83,13 @@ def holm(p: list[float]) -> list[float]:
 
 
 def grouped(runs: list[dict]) -> dict[str, list[dict]]:
-    """Return the runs of each name, by seed."""
+    """Return the runs of each name, by seed; under "stage1" SCoRe's as they stood after Stage I."""
     found = {}
     for run in sorted(runs, key=lambda run: run["seed"]):
         found.setdefault(run["name"], []).append(run)
+        if run["name"] == "score" and "stage1" in run["phases"]:
+            halfway = {name: run["phases"][name] for name in ("base", "stage1")}
+            found.setdefault("stage1", []).append(run | {"phases": halfway})
     return found
 
 
@@ -201,7 +206,7 @@ def claim(words: str, x: list[float], y: list[float], level: float = 0.05) -> tu
     """Return the claim that x is above y, what was found, and a verdict: "yes", "no", or "not
     shown" where x is above y on average, and the paired test does not reach the level."""
     p = paired_t(x, y) if len(x) > 2 else float("nan")
-    tested = f", p {p:.4f}" if p == p else ""
+    tested = f", p {p:.4f} (level {level})" if p == p else ""
     verdict = "no" if np.mean(x) <= np.mean(y) else "yes" if p < level else "not shown"
     return words, f"{np.mean(x):.1f} against {np.mean(y):.1f}{tested}", verdict
 
@@ -218,7 +223,7 @@ def claims(group: dict) -> list[tuple[str, str, str]]:
         found.append(claim(words, values(score, key), values(group[best], key)))
     for name, level in (("multi_turn", 0.01), ("pair_sft", 0.01)):
         if name in group:
-            words = f"SCoRe's Δ is above that of {TITLES[name]} (p < {level})"
+            words = f"SCoRe's Δ is above that of {TITLES[name]}"
             found.append(claim(words, values(score, "delta"), values(group[name], "delta"), level))
     for name in [name for name in names_of("ablation") if name in group]:
         words = f"SCoRe's Δ is above that {TITLES[name]}"
@@ -230,9 +235,9 @@ def claims(group: dict) -> list[tuple[str, str, str]]:
     found.append(claim("of 32 answers, 16 corrected ones vote better than 32 first ones", *votes))
     for kind, title in (("last", "the last attempt"), ("whole", "all attempts")):
         tries = [[100 * run["attempts"][kind][i] for run in score] for i in (9, 1)]
-        words, text, verdict = claim(f"attempt 10 is not below attempt 2, {title} in sight", *tries)
-        lower = verdict == "no" and not paired_t(*tries) >= 0.05
-        found.append((words, text, "no" if lower else "yes"))
+        words, text, _ = claim(f"attempt 10 is not below attempt 2, {title} in sight", *tries)
+        lower, p = np.mean(tries[0]) < np.mean(tries[1]), paired_t(*tries)
+        found.append((words, text, "yes" if not lower else "no" if p < 0.05 else "not shown"))
     rows = [run.get("watched", [{"step": None}]) for run in group.get("pair_sft", [])]
     if rows and all(row[0]["step"] == 0 for row in rows):
         fixed, own = (
@@ -248,8 +253,7 @@ def claims(group: dict) -> list[tuple[str, str, str]]:
 def sections(runs: list[dict]) -> dict[str, str]:
     """Return all tables, by title."""
     group = grouped(runs)
-    names = ["base", *names_of("main", "ablation", "more")]
-    main = [name for name in names if name == "base" or VARIANTS[name].part == "main"]
+    main = ["base", "stage1", *names_of("main")]
     rest = ["score", *names_of("ablation"), "single_turn"]
     found = {
         "Methods, greedy": compared(group, main),
@@ -360,10 +364,11 @@ def plot_curves(plt, group):
     stage2 = group["score"][0]["config"]["stage1_steps"]
     for axis in (axes[0, 0], axes[0, -1]):
         axis.axvline(stage2, color="black", linewidth=1, linestyle=":")
-    axes[0, 0].text(stage2 + 1, 3, "Stage II", fontsize=8)
+    for axis in (axes[0, 0], axes[0, -1]):
+        axis.text(stage2 + 1, 94, "SCoRe's\nStage II", fontsize=8, va="center")
     axes[0, -1].set(title="second answers that differ", xlabel="step", ylim=(0, 100))
     axes[0, -1].set(ylabel="changed, % of training samples")
-    axes[0, -1].legend(loc="upper right")
+    axes[0, -1].legend(loc="upper left")
     return figure
 
 
@@ -375,7 +380,7 @@ def plot_edits(plt, group):
         counts = sum(np.array(run["edits"]["t1"]) for run in group[name])
         share = 100 * counts / counts.sum()
         axis.bar(np.arange(20) / 20 + 0.025, share, width=0.05, color=COLOURS[name])
-        axis.set(title=TITLES[name], xlabel="edit distance ratio", xlim=(0, 1))
+        axis.set(title=TITLES[name], xlabel="edit distance ratio", xlim=(0, 0.5))
     axes[0, 0].set(ylabel="% of problems, sampled", ylim=(0, 100))
     return figure
 
@@ -446,7 +451,7 @@ def plot_difficulty(plt, group):
             label = f"{TITLES[name]}, attempt {turn}"
             axes[0, 0].plot(chains, 100 * share, style, color=COLOURS[name], label=label)
             rows = [[run["by_length"][str(k)][turn - 1] for k in lengths] for run in group[name]]
-            band(axes[0, 1], lengths, rows, COLOURS[name], label, style)
+            band(axes[0, 1], lengths, rows, COLOURS[name], label, "", "os"[turn == 1])
     axes[0, 0].set(xlabel="longest carry chain, columns", ylabel="right, % (greedy)", ylim=(0, 100))
     axes[0, 0].legend(fontsize=8)
     axes[0, 1].set(xlabel="digits of each operand", xticks=lengths)
@@ -462,7 +467,7 @@ PLOTS = {
 
 def main(argv: list[str]) -> int:
     """Write tables (Markdown) and figures (PNG, SVG) beside the JSON. Return the exit status."""
-    if len(argv) != 1:
+    if len(argv) != 1 or argv[0].startswith("-"):
         print("usage: python figures.py STUDY.json", file=sys.stderr)
         return 2
     path = Path(argv[0])

@@ -437,7 +437,7 @@ def main(argv: list[str]) -> int:
     """Do the study, or go on with it; write its JSON, tables and figures. Return the status."""
     parser = argparse.ArgumentParser(
         prog="eval.py --study", usage=argparse.SUPPRESS, allow_abbrev=False,
-        description="Train and compare all methods; about 80 minutes on 2 cores. A finished run is "
+        description="Train and compare all methods; about 75 minutes on 2 cores. A finished run is "
         "kept, a killed one resumed. Further options are score.py's, for all runs.",
     )  # fmt: skip
     kind = parser.add_mutually_exclusive_group()
@@ -446,7 +446,13 @@ def main(argv: list[str]) -> int:
         "--tune", action="store_true", help="three learning rates a method, dev split"
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2 3 4; to tune 120")
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="NAME", help="some methods")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=VARIANTS,
+        metavar="NAME",
+        help="some methods, of: " + ", ".join(VARIANTS),
+    )
     parser.add_argument("--runs", type=Path, help="folder of all runs (default: runs/study-TASK)")
     parser.add_argument("--out", type=Path, help="folder of results (default: in that of the runs)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")

@@ -455,12 +455,27 @@ def test_a_difference_within_the_noise_is_not_shown():
     assert figures.claim("a", [2.0, 2.1, 2.2], [1.0, 1.1, 1.3], level=1e-9)[2] == "not shown"
     assert figures.claim("a", [1.0, 1.0], [1.0, 1.0])[2] == "no"
     assert figures.claim("a", [1.0], [0.0]) == ("a", "1.0 against 0.0", "not shown")
+    for tries, expected in (([0.9, 0.95, 0.96], "not shown"), ([0.5, 0.51, 0.52], "no")):
+        found = [run for run in invented() if run["name"] == "score"]
+        for run, last in zip(found, tries, strict=True):
+            run["attempts"] = dict(last=[0.6] + [0.95] * 8 + [last], whole=[0.95] * 10)
+        assert [verdict for *_, verdict in figures.claims(figures.grouped(found))][1] == expected
 
 
 def test_of_one_seed_nothing_is_tested():
     one = [run for run in invented() if run["seed"] == 0]
     assert "(p" not in figures.compared(figures.grouped(one), ["base", "score", "multi_turn"])
     assert all(x != x for x in figures.holm([0.1, float("nan")]))
+
+
+def test_stage_1_alone_is_scores_run_before_stage_2():
+    found = [run for run in invented() if run["name"] in ("base", "score")]
+    for run in found[3:]:
+        early = dict(run["phases"]["score"], acc_t2=0.7)
+        run["phases"] = {"base": None, "stage1": early | {"sampled": early}, **run["phases"]}
+    rows = cut(figures.sections(found)["Methods, greedy"])
+    assert [row[0] for row in rows[2:]] == ["base", "SCoRe's Stage I alone", "**SCoRe**"]
+    assert rows[3][1:3] == ["60.0 ± 0.0", "70.0 ± 0.0"] and rows[4][2] == "95.1 ± 0.1"
 
 
 def cut(table):
