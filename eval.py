@@ -14,8 +14,6 @@ Dimension key: N problems.
 """
 
 import argparse
-import json
-import os
 import subprocess
 import sys
 import time
@@ -28,7 +26,7 @@ import torch
 import verify
 from model import GPT
 from rollout import encoding_of, grade, texts
-from run import Config, commit, draw, read_about, read_phase, schedule
+from run import Config, commit, draw, read_about, read_phase, schedule, write_json
 from score import all_judged, sample
 
 # --- intervals ------------------------------------------------------------------------------------
@@ -284,9 +282,7 @@ def main(argv: list[str]) -> int:
         r = report(args.run, args.split, n)
         usual = (args.split, n) == ("test", default)
         path = args.run / ("report.json" if usual else f"report-{args.split}-{n}.json")
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(r, indent=2) + "\n")
-        os.replace(part, path)
+        write_json(r, path, indent=2)
     except KeyboardInterrupt:
         print("eval.py: stopped, nothing written", file=sys.stderr)
         return 130

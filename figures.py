@@ -104,13 +104,10 @@ def values(runs: list[dict], key: str, sampled: bool = False) -> list[float]:
     return [points((m["sampled"] if sampled else m)[key]) for m in last]
 
 
-def cells(columns: list[list[float]]) -> str:
-    """Return mean ± standard error of each metric as table cells."""
-    out = []
-    for (_, key), x in zip(COLUMNS, columns, strict=True):
-        mean, error = mean_error(x)
-        out.append(f"{mean:{'+' if key == 'delta' else ''}.1f} ± {error:.1f}")
-    return " | ".join(out)
+def cell(x: list[float], key: str = "") -> str:
+    """Return mean ± standard error as a table cell, with its sign if it is a delta."""
+    mean, error = mean_error(x)
+    return f"{mean:{'+' if key == 'delta' else ''}.1f} ± {error:.1f}"
 
 
 def compared(group: dict, names: list[str], sampled: bool = False) -> str:
@@ -133,12 +130,12 @@ def compared(group: dict, names: list[str], sampled: bool = False) -> str:
         "|---" * 9 + "|",
     ]
     for name in names:
-        found = [values(group[name], key, sampled) for _, key in COLUMNS]
-        extra = [differences.get((name, key), "") for key in ("acc_t2", "delta")]
+        row = [cell(values(group[name], key, sampled), key) for _, key in COLUMNS]
+        row += [differences.get((name, key), "") for key in ("acc_t2", "delta")]
         paper = PAPER.get(name)
-        extra.append(f"{paper[0]:.1f} → {paper[1]:.1f}, {paper[2]:+.1f}" if paper else "")
+        row.append(f"{paper[0]:.1f} → {paper[1]:.1f}, {paper[2]:+.1f}" if paper else "")
         title = f"**{TITLES[name]}**" if name == "score" else TITLES[name]
-        lines.append(f"| {title} | {cells(found)} | " + " | ".join(extra) + " |")
+        lines.append(f"| {title} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
@@ -161,8 +158,7 @@ def rerolled(group: dict) -> str:
         sampled = [list(run["phases"].values())[-1]["sampled"] for run in group[name]]
         for source in (sampled, [run["resampled"] for run in group[name]]):
             for key in ("acc_t1", "acc_t2", "delta", "repair_rate")[source is not sampled :]:
-                mean, error = mean_error([points(m[key]) for m in source])
-                row.append(f"{mean:{'+' if key == 'delta' else ''}.1f} ± {error:.1f}")
+                row.append(cell([points(m[key]) for m in source], key))
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
@@ -178,8 +174,7 @@ def three_attempts(group: dict) -> str:
     for phase in paper:
         row = []
         for turn in range(3):
-            x = [100 * run["three"][phase][turn] for run in group["three_turn"]]
-            row.append("{:.1f} ± {:.1f}".format(*mean_error(x)))
+            row.append(cell([100 * run["three"][phase][turn] for run in group["three_turn"]]))
         lines.append(f"| {titles.get(phase, phase)} | " + " | ".join(row) + f" | {paper[phase]} |")
     return "\n".join(lines)
 
@@ -195,9 +190,8 @@ def shifted(group: dict) -> str:
             continue
         row = []
         for key in ("repair_rate", "spoil_rate"):
-            row.append([points(run["repairs_of_base"][key]) for run in group[name]])
-            row.append(values(group[name], key, sampled=True))
-        row = ["{:.1f} ± {:.1f}".format(*mean_error(x)) for x in row]
+            row.append(cell([points(run["repairs_of_base"][key]) for run in group[name]]))
+            row.append(cell(values(group[name], key, sampled=True)))
         lines.append(f"| {TITLES[name]} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
@@ -254,23 +248,24 @@ def sections(runs: list[dict]) -> dict[str, str]:
     """Return all tables, by title."""
     group = grouped(runs)
     main = ["base", "stage1", *names_of("main")]
-    rest = ["score", *names_of("ablation"), "single_turn"]
     found = {
         "Methods, greedy": compared(group, main),
         "Methods, sampled at temperature 1": compared(group, main, sampled=True),
-        "Ablations, greedy": compared(group, rest),
-        "Further variants, greedy": compared(group, ["score", "no_bonus", *names_of("more")]),
-        "Correction or re-rolling": rerolled(group),
-        "Fixed and own first attempts": shifted(group),
     }
+    for title, names in (
+        ("Ablations, greedy", [*names_of("ablation"), "single_turn"]),
+        ("Further variants, greedy", ["no_bonus", *names_of("more")]),
+    ):
+        if any(name in group for name in names):
+            found[title] = compared(group, ["score", *names])
+    found["Correction or re-rolling"] = rerolled(group)
+    found["Fixed and own first attempts"] = shifted(group)
     if "three_turn" in group:
         found["Three attempts, greedy"] = three_attempts(group)
     found["Claims"] = "\n".join(
         ["| claim | found here (paired over seeds, p not corrected) | holds |", "|---|---|---|"]
         + [f"| {a} | {b} | {c if c == 'yes' else f'**{c}**'} |" for a, b, c in claims(group)]
     )
-    if all(name not in group for name in (*names_of("ablation", "more"), "single_turn")):
-        del found["Ablations, greedy"], found["Further variants, greedy"]
     return found
 
 
@@ -364,7 +359,6 @@ def plot_curves(plt, group):
     stage2 = group["score"][0]["config"]["stage1_steps"]
     for axis in (axes[0, 0], axes[0, -1]):
         axis.axvline(stage2, color="black", linewidth=1, linestyle=":")
-    for axis in (axes[0, 0], axes[0, -1]):
         axis.text(stage2 + 1, 94, "SCoRe's\nStage II", fontsize=8, va="center")
     axes[0, -1].set(title="second answers that differ", xlabel="step", ylim=(0, 100))
     axes[0, -1].set(ylabel="changed, % of training samples")
@@ -488,10 +482,11 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"figures.py: {error}", file=sys.stderr)
         return 2
+    group = grouped(runs)
     for name, plot in PLOTS.items():
-        if name == "difficulty" and "by_carry" not in grouped(runs)["score"][0]:
+        if name == "difficulty" and "by_carry" not in group["score"][0]:
             continue  # of additions only
-        figure = plot(plt, grouped(runs))
+        figure = plot(plt, group)
         for kind, about_file in (("png", {"Software": None}), ("svg", {"Date": None})):
             figure.savefig(path.with_name(f"{name}.{kind}"), dpi=120, metadata=about_file)
         plt.close(figure)

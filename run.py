@@ -385,6 +385,16 @@ def save(content: dict, path: Path) -> None:
     os.replace(part, path)
 
 
+def write_json(content, path: Path, indent: int | None = None) -> None:
+    """Write JSON under a temporary name, then rename it."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w") as file:
+        file.write(json.dumps(content, indent=indent) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
 def load(path: Path) -> dict:
     """Read what `save` wrote, on the CPU.
 

@@ -312,7 +312,7 @@ def rl_step(run: Run, phase: Phase) -> dict:
     The gradient is that of the mean over all rows, whatever the micro-batch.
     """
     c, p = run.config, run.progress
-    more = {} if phase.attempts == 2 else {"attempts": phase.attempts}
+    more = dict(attempts=phase.attempts)
     if c.offline and phase.objective == "stage2":
         rows_B = torch.arange(c.batch, device=c.device)
         offline1_B = rows_B < round(c.offline * (c.batch // c.group)) * c.group

@@ -33,7 +33,7 @@ import verify
 from eval import edit_ratio, metrics, report
 from model import GPT
 from rollout import END, REVISE, Rollout, encoding_of, grade, texts
-from run import Config, create, draw, parse, read_about, read_phase, restore, schedule
+from run import Config, create, draw, parse, read_about, read_phase, restore, schedule, write_json
 from score import sample, train
 
 # --- what is compared -----------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def watch(run, c: Config, n: int, path: Path) -> None:
                     found = repairs(run.policy, author, c, problems, t)
                     row[f"{name}_{law}"] = found["repair_rate"]
             seen.append(row)
-            write(seen, path)
+            write_json(seen, path)
 
     note()
     while not train(run, Pause(WATCH)):
@@ -328,27 +328,17 @@ def measure(job: Job, n: int, split: str) -> dict:
         found |= dict(
             by_carry=by_carry(model, c, problems), by_length=by_length(model, c, len(few))
         )
-    watched = folder / "watched.json"
-    if watched.exists():
-        found["watched"] = json.loads(watched.read_text())
+    watched = read(folder / "watched.json")
+    if watched is not None:
+        found["watched"] = watched
     return found
 
 
 # --- running it all -------------------------------------------------------------------------------
 
 
-def write(content, path: Path) -> None:
-    """Write JSON under a temporary name, then rename it."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w") as file:
-        file.write(json.dumps(content) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
 def read(path: Path):
-    """Return what `write` wrote; None if it is missing or damaged."""
+    """Return what `write_json` wrote; None if it is missing or damaged."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -379,7 +369,7 @@ def work(job: Job, n: int, split: str) -> None:
             train(run, threading.Event())
         content = measure(job, n, split)
         content["wall_seconds"] = round(time.monotonic() - start, 1) if new else None
-        write(content, path)
+        write_json(content, path)
 
 
 def start(job: Job, n: int, split: str) -> None:
@@ -437,7 +427,7 @@ def main(argv: list[str]) -> int:
     """Do the study, or go on with it; write its JSON, tables and figures. Return the status."""
     parser = argparse.ArgumentParser(
         prog="eval.py --study", usage=argparse.SUPPRESS, allow_abbrev=False,
-        description="Train and compare all methods; about 75 minutes on 2 cores. A finished run is "
+        description="Train and compare all methods; a good hour on 2 cores. A finished run is "
         "kept, a killed one resumed. Further options are score.py's, for all runs.",
     )  # fmt: skip
     kind = parser.add_mutually_exclusive_group()
@@ -486,7 +476,7 @@ def main(argv: list[str]) -> int:
         out = args.out or args.runs / f"{name}-results"
         out.mkdir(parents=True, exist_ok=True)
         found = run_all(todo, n, split, args.workers)
-        write(found, out / f"{name}.json")
+        write_json(found, out / f"{name}.json")
     except KeyboardInterrupt:
         print("stopped; finished runs are kept: the same command goes on", file=sys.stderr)
         return 130
