@@ -356,21 +356,22 @@ def grade(r: Rollout, problems: list[verify.Problem]) -> list[torch.Tensor]:
     return rewards
 
 
-def lay_out(prompts, firsts, instruction: list[int], seconds, device) -> Rollout:
-    """Lay out rows of ids (prompts, first and second attempts) as a rollout does its samples."""
+def lay_out(prompts, attempts, instruction: list[int], device) -> Rollout:
+    """Lay out rows of ids as a rollout does its samples: prompts, then all first attempts, .."""
     turns = []
-    for attempts in (firsts, seconds):
-        ids_BN, n_B = pad(attempts, device)
+    for column in attempts:
+        ids_BN, n_B = pad(column, device)
         zeros_BN = torch.zeros(ids_BN.shape, device=device)
         turns.append(Turn(ids_BN, n_B, zeros_BN, torch.zeros_like(n_B, dtype=torch.bool)))
     return assemble(pad(prompts, device), turns, pad([instruction] * len(prompts), device))
 
 
 def read_documents(documents, device, task: str = "addition") -> Rollout:
-    """Lay out documents: prompt, draft, revision, the last two without their end of turn."""
+    """Lay out documents: prompt, draft, revision or several, all but the prompt without their end
+    of turn."""
     encoding = encoding_of(task)
-    prompts, drafts, revisions = (
-        [encode(encoding, text + end) for text in column]
-        for column, end in zip(zip(*documents, strict=True), ("", END, END), strict=True)
-    )
-    return lay_out(prompts, drafts, encode(encoding, REVISE), revisions, device)
+    columns = [
+        [encode(encoding, text + (END if turn else "")) for text in column]
+        for turn, column in enumerate(zip(*documents, strict=True))
+    ]
+    return lay_out(columns[0], columns[1:], encode(encoding, REVISE), device)

@@ -90,6 +90,7 @@ class Config:
     clean: float = knob(
         0.68, "share of the base's steps, its first, with right revisions only", 0, 1
     )
+    base_attempts: int = knob(2, "attempts of a conversation that the base reads, at most", 2, 10)
     # reinforcement learning
     stage1_steps: int = knob(60, "steps of Stage I", 1, 10**9)
     stage2_steps: int = knob(40, "steps of Stage II", 1, 10**9)
@@ -99,6 +100,7 @@ class Config:
     )
     batch: int = knob(256, "rollouts a step", 2, 2**20)
     group: int = knob(4, "rollouts of each problem (leave-one-out baseline)", 2, 2**20)
+    pool: int = knob(0, "problems to train on, the same at all steps; 0: always fresh", 0, 2**20)
     micro_batch: int = knob(
         0, "rollouts in one backward pass of RL, whole groups; 0: all", 0, 2**20
     )
@@ -136,6 +138,11 @@ class Config:
         for option, rows in (("--batch", self.batch), ("--micro-batch", self.micro_batch)):
             if rows % self.group:
                 raise ValueError(f"{option} must be a multiple of --group {self.group}, got {rows}")
+        if self.sft_batch < self.base_attempts - 1:
+            raise ValueError(f"--sft-batch must be at least --base-attempts - 1, "
+                             f"got {self.sft_batch}")  # fmt: skip
+        if 0 < self.pool < self.batch // self.group:
+            raise ValueError(f"--pool must be 0 or at least --batch / --group, got {self.pool}")
         least = self.lengths()[1] + 1  # an answer and the end of turn
         if 0 < self.max_new < least:
             raise ValueError(f"--max-new must be 0 or at least {least}, got {self.max_new}")
@@ -175,6 +182,14 @@ def draw(c: Config, n: int, split: str, rng: np.random.Generator) -> list[verify
         drawn = countdown.problems(n, split, rng, c.numbers, c.largest, c.split_seed)
         return [verify.Problem(prompt, gold, "countdown") for prompt, gold in drawn]
     return verify.problems(n, split, rng, c.digits, c.split_seed)
+
+
+def draw_training(c: Config, n: int, rng: np.random.Generator) -> list[verify.Problem]:
+    """Draw n problems to train on: fresh ones, or n of the run's pool, each at most once."""
+    if not c.pool:
+        return draw(c, n, "train", rng)
+    pool = draw(c, c.pool, "train", np.random.default_rng(c.seed))
+    return [pool[i] for i in rng.choice(c.pool, n, replace=False)]
 
 
 def documents(c: Config, n: int, rng: np.random.Generator, clean: bool) -> list[tuple]:
@@ -460,7 +475,7 @@ def take_base(run: Run, folder: Path) -> dict:
     """
     theirs, _ = read_about(folder)
     names = [f.name for f in fields(Config)]
-    for name in ("seed", *names[names.index("task") : names.index("clean") + 1]):
+    for name in ("seed", *names[names.index("task") : names.index("base_attempts") + 1]):
         ours = getattr(run.config, name)
         if ours != getattr(theirs, name):
             option = "--" + name.replace("_", "-")

@@ -59,6 +59,7 @@ from run import (
     create,
     documents,
     draw,
+    draw_training,
     new_optimizer,
     parse,
     restore,
@@ -238,10 +239,15 @@ def sft_step(run: Run) -> dict:
     """Take one supervised step on fresh documents; return what is logged."""
     c = run.config
     clean = run.progress.step < c.clean * c.sft_steps  # it learns to check before it gets careless
-    r = read_documents(documents(c, c.sft_batch, run.problem_rng, clean), c.device, c.task)
-    mask_BS = r.mask1_BS | r.mask2_BS
-    logp_BS = of_tokens(token_law(run.policy(r.ids_BT[:, :-1]), 1.0), r)
-    loss = loss_sft(logp_BS, mask_BS).sum() / mask_BS.sum()
+    drawn, places = documents(c, c.sft_batch, run.problem_rng, clean), c.base_attempts - 1
+    loss, tokens = 0.0, 0
+    for i in range(places):  # a later revision stands behind i more copies of the draft, as context
+        part = [(x, *[draft] * (i + 1), revision) for x, draft, revision in drawn[i::places]]
+        r = read_documents(part, c.device, c.task)
+        mask_BS = r.mask1_BS | (r.turn_BS == i + 2)
+        logp_BS = of_tokens(token_law(run.policy(r.ids_BT[:, :-1]), 1.0), r)
+        loss, tokens = loss + loss_sft(logp_BS, mask_BS).sum(), tokens + mask_BS.sum()
+    loss = loss / tokens
     run.optimizer.zero_grad()
     loss.backward()
     grad_norm = descend(run)
@@ -297,7 +303,7 @@ def collect(run: Run, author: GPT, **more) -> tuple[Rollout, list, list[torch.Te
     problem with a row that got no verdict is left out, whole, so that every group has its baseline.
     """
     c = run.config
-    drawn = draw(c, c.batch // c.group, "train", run.problem_rng)
+    drawn = draw_training(c, c.batch // c.group, run.problem_rng)
     problems = [problem for problem in drawn for _ in range(c.group)]
     r = sample(author, c, problems, run.sampler, c.temperature, **more)
     rewards = grade(r, problems)
@@ -400,7 +406,7 @@ def imitate_step(run: Run, phase: Phase) -> dict:
     encoding, written1 = encoding_of(c.task), written(r, 1)
     prompts = [encode(encoding, problems[b].prompt) for b, _ in examples]
     firsts, seconds = [written1[b] for b, _ in examples], [second for _, second in examples]
-    rows = lay_out(prompts, firsts, encode(encoding, REVISE), seconds, c.device)
+    rows = lay_out(prompts, [firsts, seconds], encode(encoding, REVISE), c.device)
     logp_BS = of_tokens(token_law(run.policy(rows.ids_BT[:, :-1]), c.temperature), rows)
     loss = loss_sft(logp_BS, rows.mask2_BS).sum() / rows.mask2_BS.sum()
     run.optimizer.zero_grad()
