@@ -14,6 +14,7 @@ Dimension key: B rows, T tokens in this call, S slots of the cache, V vocabulary
 H query heads, J key-value heads, K head size, F hidden width of the MLP.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,31 @@ class Cache:
         self.v = [weight.new_zeros(shape) for _ in range(c.n_layer)]
         self.length_B = torch.zeros(rows, dtype=torch.long, device=weight.device)
         self.reach = 0
+
+    def take(self, row_R: torch.Tensor) -> "Cache":
+        """Return a copy of some rows (int64 [R])."""
+        part = copy.copy(self)
+        part.k, part.v = ([x[row_R] for x in layers] for layers in (self.k, self.v))
+        part.length_B = self.length_B[row_R]
+        return part
+
+    def put(self, row_R: torch.Tensor, part: "Cache") -> None:
+        """Write back rows that `take` returned and that have gone on since."""
+        for ours, theirs in zip(self.k + self.v, part.k + part.v, strict=True):
+            ours[row_R] = theirs
+        self.length_B[row_R] = part.length_B
+        self.reach = max(self.reach, part.reach)
+
+    def spread(self, n: int, slots: int) -> "Cache":
+        """Return a copy with n of each row, side by side, and so many slots."""
+        part = copy.copy(self)
+        more = (0, 0, 0, 0, 0, slots - self.k[0].shape[1])
+        part.k, part.v = (
+            [F.pad(x, more).repeat_interleave(n, dim=0) for x in layers]
+            for layers in (self.k, self.v)
+        )
+        part.length_B = self.length_B.repeat_interleave(n)
+        return part
 
 
 def rotary_table(config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor]:

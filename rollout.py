@@ -105,11 +105,21 @@ def token_law(logits_BV, temperature: float, top_k: int = 0, top_p: float = 1.0)
 
 
 @torch.no_grad()
+def read(model: GPT, cache: Cache, chunk_BC: torch.Tensor, n_chunk_B: torch.Tensor) -> torch.Tensor:
+    """Read a chunk into the cache; return the state [B, D] after each row's last real token.
+
+    Args:
+      chunk_BC, n_chunk_B: int64, right-padded ids and how many of them are real (at least 1).
+    """
+    row_B = torch.arange(len(chunk_BC), device=chunk_BC.device)
+    return model.hidden(chunk_BC, cache, n_chunk_B)[row_B, n_chunk_B - 1]
+
+
+@torch.no_grad()
 def sample_turn(
     model: GPT,
     cache: Cache,
-    chunk_BC: torch.Tensor,
-    n_chunk_B: torch.Tensor,
+    state_BD: torch.Tensor,
     *,
     max_new: int,
     end_id: int,
@@ -117,39 +127,56 @@ def sample_turn(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    compact: bool = False,
+    share: tuple[int, int] = (0, 1),
 ) -> Turn:
-    """Read a chunk, then sample one attempt a row until its end-of-turn token or max_new tokens.
+    """Sample one attempt a row until its end-of-turn token or max_new tokens.
 
     The last token of every attempt is left unread: the next turn reads it before its instruction.
+    A token is the one whose p / Exp(1) noise is largest, which has the probability p. The noise is
+    that of all rows at all times, so that neither `compact` nor `share` changes what is sampled.
 
     Args:
-      chunk_BC, n_chunk_B: int64, right-padded ids and how many of them are real (at least 1).
+      state_BD: what `read` returned.
       temperature: 0 takes the likeliest token, whose log-probability is then 0 (it is certain).
       top_k, top_p: of `token_law`; for evaluation only.
+      compact: go on with the unfinished rows alone whenever they are half of those in work.
+      share: (i, n): these are the i-th of n equal parts of the rows, which n processes sample.
     """
-    B, _ = chunk_BC.shape
-    row_B = torch.arange(B, device=chunk_BC.device)
-    state_BD = model.hidden(chunk_BC, cache, n_chunk_B)[row_B, n_chunk_B - 1]
-    going_B = torch.ones(B, dtype=torch.bool, device=chunk_BC.device)
-    n_B = torch.zeros_like(n_chunk_B)
-    ids, logps = [], []
+    B, device = len(state_BD), state_BD.device
+    ids_BN = torch.zeros(B, max_new, dtype=torch.long, device=device)
+    wide = torch.promote_types(state_BD.dtype, torch.float32)
+    logp_BN = torch.zeros(B, max_new, dtype=wide, device=device)
+    n_B = torch.zeros(B, dtype=torch.long, device=device)
+    truncated_B = torch.ones(B, dtype=torch.bool, device=device)
+    row_R, working = torch.arange(B, device=device), cache  # the rows in work, and their cache
+    state_RD, going_R = state_BD, truncated_B.clone()
     for i in range(max_new):
-        logits_BV = model.head(state_BD)
+        logits_RV = model.head(state_RD)
         if temperature == 0:
-            token_B = logits_BV.argmax(dim=-1)
-            logp_B = torch.zeros(B, device=token_B.device)
+            token_R = logits_RV.argmax(dim=-1)
         else:
-            logp_BV = token_law(logits_BV, temperature, top_k, top_p)
-            token_B = torch.multinomial(logp_BV.exp(), 1, generator=generator)[:, 0]
-            logp_B = logp_BV[row_B, token_B]
-        ids.append(token_B)
-        logps.append(logp_B * going_B)
-        n_B = n_B + going_B
-        going_B = going_B & (token_B != end_id)
-        if i == max_new - 1 or not going_B.any():
+            law_RV = token_law(logits_RV, temperature, top_k, top_p)
+            noise = law_RV.new_empty(B * share[1], law_RV.shape[1])
+            noise.exponential_(generator=generator)
+            token_R = (law_RV.exp() / noise[share[0] * B + row_R]).argmax(dim=-1)
+            logp_BN[row_R, i] = law_RV.gather(1, token_R[:, None])[:, 0] * going_R
+        ids_BN[row_R, i] = token_R
+        n_B[row_R] += going_R
+        going_R = going_R & (token_R != end_id)
+        truncated_B[row_R] = going_R
+        left = int(going_R.sum())
+        if i == max_new - 1 or not left:
             break
-        state_BD = model.hidden(token_B[:, None], cache, going_B.long())[:, 0]
-    return Turn(torch.stack(ids, 1), n_B, torch.stack(logps, 1), going_B)
+        if compact and 2 * left <= len(row_R):
+            if working is not cache:
+                cache.put(row_R, working)
+            row_R, token_R = row_R[going_R], token_R[going_R]
+            working, going_R = cache.take(row_R), going_R[going_R]
+        state_RD = model.hidden(token_R[:, None], working, going_R.long())[:, 0]
+    if working is not cache:
+        cache.put(row_R, working)
+    return Turn(ids_BN[:, : i + 1], n_B, logp_BN[:, : i + 1], truncated_B)
 
 
 # --- two turns ------------------------------------------------------------------------------------
@@ -269,7 +296,10 @@ def rollout(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    compact: bool = False,
+    share: tuple[int, int] = (0, 1),
     attempts: int = 2,
+    group: int = 1,
     author1: GPT | None = None,
     offline1_B: torch.Tensor | None = None,
 ) -> Rollout:
@@ -277,24 +307,33 @@ def rollout(
 
     Args:
       prompts: the ids of each x1, of any lengths. instruction: the ids of p1.
+      group: rows of each prompt, side by side; the prompt is read once for all of them.
       max_new: limit of one attempt, its end-of-turn token counted.
-      generator: the only source of randomness. temperature, top_k, top_p: of `sample_turn`.
+      generator: the only source of randomness. temperature, top_k, top_p, compact, share: of
+        `sample_turn`.
       author1, offline1_B: rows marked True continue from a first attempt that `author1` samples.
         (arXiv 2409.12917v2, section 5: "offline" first attempts from the base model.)
     """
     device = model.embed.weight.device
-    prompt = pad(prompts, device)
+    one = pad(prompts, device)  # of each group
+    prompt = tuple(x.repeat_interleave(group, dim=0) for x in one)
     B, C = prompt[0].shape
     law = dict(
-        max_new=max_new, end_id=end_id, generator=generator,
-        temperature=temperature, top_k=top_k, top_p=top_p,
+        max_new=max_new, end_id=end_id, generator=generator, temperature=temperature,
+        top_k=top_k, top_p=top_p, compact=compact, share=share,
     )  # fmt: skip
     slots = C + attempts * max_new + (attempts - 1) * len(instruction)
-    cache = Cache(model, B, slots)
-    turn1 = sample_turn(model, cache, *prompt, **law)
+
+    def first_turn(author):
+        cache = Cache(author, len(prompts), slots if group == 1 else C)
+        state_BD = read(author, cache, *one)
+        if group > 1:
+            cache, state_BD = cache.spread(group, slots), state_BD.repeat_interleave(group, dim=0)
+        return cache, sample_turn(author, cache, state_BD, **law)
+
+    cache, turn1 = first_turn(model)
     if author1 is not None:
-        other = sample_turn(author1, Cache(author1, B, slots), *prompt, **law)
-        turn1 = choose(offline1_B, other, turn1)
+        turn1 = choose(offline1_B, first_turn(author1)[1], turn1)
         cache = Cache(model, B, slots)
         read_B = prompt[1] + turn1.n_B - 1
         model.hidden(join([prompt, (turn1.ids_BN, turn1.n_B)], torch.long), cache, read_B)
@@ -305,7 +344,8 @@ def rollout(
         # an attempt's last token was sampled but never fed to the model: the next turn reads it
         unread_B1 = turns[-1].ids_BN.gather(1, turns[-1].n_B[:, None] - 1)
         chunk_BC = torch.cat([unread_B1, order_BC], dim=1)
-        turns.append(sample_turn(model, cache, chunk_BC, n_order_B + 1, **law))
+        state_BD = read(model, cache, chunk_BC, n_order_B + 1)
+        turns.append(sample_turn(model, cache, state_BD, **law))
     return assemble(prompt, turns, (order_BC, n_order_B), offline1_B)
 
 

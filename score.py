@@ -34,6 +34,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from model import GPT
 from rollout import (
@@ -139,7 +140,7 @@ def kl_k1(logp_BS, ref_logp_BS, mask_BS):
     return (k1_BS + score_function(logp_BS) * mask_BS * (k1_BS + after(k1_BS))).sum(dim=1)
 
 
-def kl_exact(law_BSV, ref_law_BSV, logp_BS, mask_BS):
+def kl_exact(kl_BS, logp_BS, mask_BS):
     """Return [B] estimates of KL(policy || reference) of a whole attempt, exact at every token.
 
     Value: the sum over the attempt of the full-vocabulary KL at each sampled prefix. Gradient: that
@@ -147,9 +148,9 @@ def kl_exact(law_BSV, ref_law_BSV, logp_BS, mask_BS):
     token also decides where the attempt goes. Same expectation as `kl_k1`, lower variance.
 
     Args:
-      law_BSV, ref_law_BSV: log-probabilities of every token.
+      kl_BS: KL(policy || reference) of the next token after each prefix, with gradient.
     """
-    kl_BS = (law_BSV.exp() * (law_BSV - ref_law_BSV)).sum(dim=-1) * mask_BS
+    kl_BS = kl_BS * mask_BS
     return (kl_BS + score_function(logp_BS) * mask_BS * after(kl_BS.detach())).sum(dim=1)
 
 
@@ -207,27 +208,56 @@ def loss_sft(logp_BS, mask_BS):
 # --- one step -------------------------------------------------------------------------------------
 
 
-def score_terms(policy: GPT, base: GPT, r: Rollout, temperature: float, kl: str):
+def score_terms(policy: GPT, base: GPT, r: Rollout, temperature: float, kl: str, chunk: int = 0):
     """Return what the losses need of a rollout: logp_BS with gradient, and the KL_B of each turn.
 
     All are of the law that was sampled: logits / temperature, for policy and base alike. The KL of
     an attempt that another model wrote is 0, as is its policy gradient (`own_mask1`).
     """
-    ids_BS = r.ids_BT[:, :-1]
-    law_BSV = token_law(policy(ids_BS), temperature)
+
+    def of_positions(state_BSD, ref_state_BSD, target_BS):
+        law_BSV = token_law(policy.head(state_BSD), temperature)
+        with torch.no_grad():
+            ref_law_BSV = token_law(base.head(ref_state_BSD), temperature)
+        kl_BS = (law_BSV.exp() * (law_BSV - ref_law_BSV)).sum(dim=-1)
+        return of_tokens(law_BSV, target_BS), of_tokens(ref_law_BSV, target_BS), kl_BS
+
+    ids_BS, target_BS = r.ids_BT[:, :-1], r.ids_BT[:, 1:]
     with torch.no_grad():
-        ref_law_BSV = token_law(base(ids_BS), temperature)
-    logp_BS = of_tokens(law_BSV, r)
+        ref_state_BSD = base.hidden(ids_BS)
+    states = (policy.hidden(ids_BS), ref_state_BSD)
+    logp_BS, ref_logp_BS, kl_BS = in_chunks(of_positions, chunk, *states, target_BS)
     turns = [own_mask1(r), *(r.turn_BS == k for k in range(2, r.truncated_BK.shape[1] + 1))]
     if kl == "exact":
-        return logp_BS, *(kl_exact(law_BSV, ref_law_BSV, logp_BS, mask_BS) for mask_BS in turns)
-    ref_logp_BS = of_tokens(ref_law_BSV, r)
+        return logp_BS, *(kl_exact(kl_BS, logp_BS, mask_BS) for mask_BS in turns)
     return logp_BS, *(kl_k1(logp_BS, ref_logp_BS, mask_BS) for mask_BS in turns)
 
 
-def of_tokens(law_BSV, r: Rollout):
-    """Return [B, S] log-probabilities of the tokens that stand in the rows."""
-    return law_BSV.gather(-1, r.ids_BT[:, 1:, None])[..., 0]
+def token_logp(policy: GPT, r: Rollout, temperature: float, chunk: int = 0):
+    """Return [B, S] log-probabilities of the tokens that stand in the rows, with gradient."""
+
+    def of_positions(state_BSD, target_BS):
+        return (of_tokens(token_law(policy.head(state_BSD), temperature), target_BS),)
+
+    states_BSD = policy.hidden(r.ids_BT[:, :-1])
+    return in_chunks(of_positions, chunk, states_BSD, r.ids_BT[:, 1:])[0]
+
+
+def of_tokens(law_BSV, target_BS):
+    """Return [B, S] log-probabilities of the tokens that came."""
+    return law_BSV.gather(-1, target_BS[..., None])[..., 0]
+
+
+def in_chunks(f, chunk: int, *columns_BS):
+    """Return f of columns [B, S, ..], by chunks of positions, so that no [B, S, V] is kept.
+
+    A chunk's laws are computed again in the backward pass. chunk 0: all positions at once, kept.
+    """
+    if not chunk:
+        return f(*columns_BS)
+    parts = zip(*(x_BS.split(chunk, dim=1) for x_BS in columns_BS), strict=True)
+    found = [checkpoint(f, *part, use_reentrant=False) for part in parts]
+    return tuple(torch.cat(x, dim=1) for x in zip(*found, strict=True))
 
 
 def own_mask1(r: Rollout):
@@ -245,7 +275,7 @@ def sft_step(run: Run) -> dict:
         part = [(x, *[draft] * (i + 1), revision) for x, draft, revision in drawn[i::places]]
         r = read_documents(part, c.device, c.task)
         mask_BS = r.mask1_BS | (r.turn_BS == i + 2)
-        logp_BS = of_tokens(token_law(run.policy(r.ids_BT[:, :-1]), 1.0), r)
+        logp_BS = token_logp(run.policy, r, 1.0)
         loss, tokens = loss + loss_sft(logp_BS, mask_BS).sum(), tokens + mask_BS.sum()
     loss = loss / tokens
     run.optimizer.zero_grad()
@@ -407,7 +437,7 @@ def imitate_step(run: Run, phase: Phase) -> dict:
     prompts = [encode(encoding, problems[b].prompt) for b, _ in examples]
     firsts, seconds = [written1[b] for b, _ in examples], [second for _, second in examples]
     rows = lay_out(prompts, [firsts, seconds], encode(encoding, REVISE), c.device)
-    logp_BS = of_tokens(token_law(run.policy(rows.ids_BT[:, :-1]), c.temperature), rows)
+    logp_BS = token_logp(run.policy, rows, c.temperature)
     loss = loss_sft(logp_BS, rows.mask2_BS).sum() / rows.mask2_BS.sum()
     run.optimizer.zero_grad()
     loss.backward()

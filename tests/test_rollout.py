@@ -121,7 +121,8 @@ def test_sampled_tokens_follow_the_softmax():
     cache = Cache(gpt, n, 4)
     chunk = torch.tensor([[3, 8]]).expand(n, -1)
     law = dict(end_id=END, generator=torch.Generator().manual_seed(0), temperature=1.3)
-    turn = rollout.sample_turn(gpt, cache, chunk, torch.full((n,), 2), max_new=2, **law)
+    state = rollout.read(gpt, cache, chunk, torch.full((n,), 2))
+    turn = rollout.sample_turn(gpt, cache, state, max_new=2, **law)
     first = turn.ids_BN[:, 0]
     common = first[first != END].mode().values
     second = turn.ids_BN[first == common, 1]
