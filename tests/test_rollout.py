@@ -109,6 +109,52 @@ def test_sampler_and_trainer_agree_on_every_token(dtype, bound, temperature):
         assert abs(scored[b, s, r.ids_BT[b, s + 1]] - r.logp_BS[b, s]) <= bound
 
 
+FIELDS = ("ids_BT", "length_B", "turn_BS", "logp_BS", "truncated_BK")
+
+
+def assert_same(a, b, at=slice(None)):
+    """Equal tokens and masks; log-probabilities to rounding, as sums may go another way."""
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(a, name), getattr(b, name)[at], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("attempts", [2, 3])
+@pytest.mark.parametrize("temperature", [0.7, 1.3])
+def test_leaving_finished_rows_out_changes_nothing(temperature, attempts, monkeypatch):
+    gpt, prompts, sizes = short(model(max_positions=64)), ragged(40), []
+    take = Cache.take
+    monkeypatch.setattr(Cache, "take", lambda c, row: sizes.append(len(row)) or take(c, row))
+    law = dict(temperature=temperature, attempts=attempts, max_new=9)
+    whole = sample(gpt, prompts, **law)
+    assert not sizes
+    assert_same(sample(gpt, prompts, compact=True, **law), whole)
+    assert len(sizes) > attempts and min(sizes) < 10  # it was done, more than once a turn
+
+
+def test_a_prompt_read_once_for_its_group_changes_nothing():
+    gpt, other, prompts = (
+        short(model(torch.float64)),
+        short(model(torch.float64, 1), 1.2),
+        ragged(6),
+    )
+    offline = torch.arange(18) % 2 == 0
+    for more in ({}, dict(author1=other, offline1_B=offline)):
+        one = sample(gpt, [x for x in prompts for _ in range(3)], temperature=1.3, **more)
+        assert len({tuple(row) for row in one.ids_BT[:3].tolist()}) > 1  # rows are independent
+        assert_same(sample(gpt, prompts, group=3, temperature=1.3, **more), one)
+
+
+def test_processes_sample_their_shares_of_one_and_the_same_rollout():
+    gpt, prompts = short(model()), ragged(12)
+    whole, seen = sample(gpt, prompts, temperature=1.3), 0
+    for i in range(3):
+        at = slice(4 * i, 4 * i + 4)
+        share = sample(gpt, prompts[at], temperature=1.3, share=(i, 3))
+        assert_same(share, whole.rows(at))
+        seen += len(share.ids_BT)
+    assert seen == 12
+
+
 def test_sampled_tokens_follow_the_softmax():
     """Chi-squared statistics of 40,000 first tokens and of second tokens given the first.
 

@@ -52,7 +52,7 @@ def random_rollout(n=12):
     return policy, base, r, rewards
 
 
-def gradient(policy, base, r, rewards, stage, kl="exact", micro_batch=None, G=2):
+def gradient(policy, base, r, rewards, stage, kl="exact", micro_batch=None, G=2, chunk=0):
     """Return the gradient of the mean loss, as the step takes it, and the loss of each row."""
     policy.zero_grad()
     losses, n = [], len(r.ids_BT)
@@ -60,7 +60,7 @@ def gradient(policy, base, r, rewards, stage, kl="exact", micro_batch=None, G=2)
     for at in range(0, n, micro_batch):
         here = slice(at, at + micro_batch)
         part = r.rows(here)
-        logp, kl1, kl2 = score.score_terms(policy, base, part, 0.8, kl)
+        logp, kl1, kl2 = score.score_terms(policy, base, part, 0.8, kl, chunk)
         if stage == "stage1":
             loss = score.loss_stage1(logp, part.mask2_BS, kl1, kl2, rewards[1][here], G, 0.3, 0.7)
         else:
@@ -86,6 +86,9 @@ def test_micro_batches_padding_and_order_change_nothing(stage, kl):
     assert whole[0].norm() > 0.01
     for micro_batch in (2, 4, 6):
         assert_same(gradient(policy, base, r, rewards, stage, kl, micro_batch), whole)
+
+    for chunk in (1, 3, 100):
+        assert_same(gradient(policy, base, r, rewards, stage, kl, chunk=chunk), whole)
 
     padded = copy.copy(r)  # nonsense behind every row, and one more column of it
     beyond = torch.arange(r.ids_BT.shape[1]) >= r.length_B[:, None]
