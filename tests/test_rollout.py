@@ -119,12 +119,12 @@ def assert_same(a, b, at=slice(None)):
 
 
 @pytest.mark.parametrize("attempts", [2, 3])
-@pytest.mark.parametrize("temperature", [0.7, 1.3])
+@pytest.mark.parametrize("temperature", [5, 20])
 def test_leaving_finished_rows_out_changes_nothing(temperature, attempts, monkeypatch):
-    gpt, prompts, sizes = short(model(max_positions=64)), ragged(40), []
+    gpt, prompts, sizes = short(model(max_positions=90)), ragged(40), []
     take = Cache.take
     monkeypatch.setattr(Cache, "take", lambda c, row: sizes.append(len(row)) or take(c, row))
-    law = dict(temperature=temperature, attempts=attempts, max_new=9)
+    law = dict(temperature=temperature, attempts=attempts, max_new=25)
     whole = sample(gpt, prompts, **law)
     assert not sizes
     assert_same(sample(gpt, prompts, compact=True, **law), whole)
@@ -132,11 +132,7 @@ def test_leaving_finished_rows_out_changes_nothing(temperature, attempts, monkey
 
 
 def test_a_prompt_read_once_for_its_group_changes_nothing():
-    gpt, other, prompts = (
-        short(model(torch.float64)),
-        short(model(torch.float64, 1), 1.2),
-        ragged(6),
-    )
+    gpt, other, prompts = short(model()), short(model(), 1.2), ragged(6)
     offline = torch.arange(18) % 2 == 0
     for more in ({}, dict(author1=other, offline1_B=offline)):
         one = sample(gpt, [x for x in prompts for _ in range(3)], temperature=1.3, **more)
