@@ -33,6 +33,7 @@ from countdown import Malformed, evaluate
 
 MAX_INTEGER_DIGITS = 100  # int() of a long string is quadratic: a bound before any conversion
 MAX_OPERAND_DIGITS = 9  # both operands, side by side, are hashed as one 64-bit number
+FENCE = re.compile(r"^```(?:python|py)?[ \t]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INTEGER = re.compile(r"-?[0-9]+")  # [0-9], as \d would accept digits of every script
 
 
@@ -353,12 +354,14 @@ class Problem(NamedTuple):
     prompt: the problem's text. gold: the right answer, or for a program its tests.
     kind: the verifier: "arithmetic", "countdown", "math" or "program".
     entry_point: the function that HumanEval's check(candidate) is called with; else empty.
+    solution: a worked answer, to imitate, in the form that the verifier reads; empty if none.
     """
 
     prompt: str
     gold: str
     kind: str = "arithmetic"
     entry_point: str = ""
+    solution: str = ""
 
 
 def judge(problem: Problem, answer: str, truncated: bool = False) -> Verdict:
@@ -371,11 +374,23 @@ def judge(problem: Problem, answer: str, truncated: bool = False) -> Verdict:
         return math(answer, problem.gold, truncated=truncated)
     if truncated:
         return Verdict(0, "unparsed", "truncated: no end of turn")
+    block, source = code_of(answer)
     if not problem.entry_point:
-        return program(answer, problem.gold)
-    # HumanEval: the answer goes on where the prompt, a function's head, ends
-    source = problem.prompt + answer
+        return program(source, problem.gold)
+    # HumanEval: a program of its own, which has the prompt's imports; or the prompt, which is a
+    # function's head and its docstring, goes on where it ends
+    source = problem.prompt + ("\n" if block else "") + source
     return program(source, problem.gold, entry_point=problem.entry_point, prompt=problem.prompt)
+
+
+def code_of(answer: str) -> tuple[bool, str]:
+    """Return whether a program stands in a fenced block, and the last such, or the whole answer.
+
+    >>> code_of("Like this:\\n```python\\nx = 1\\n```\\nor not"), code_of("x = 1")
+    ((True, 'x = 1\\n'), (False, 'x = 1'))
+    """
+    blocks = FENCE.findall(answer)
+    return (True, blocks[-1]) if blocks else (False, answer)
 
 
 def split_of(a_N: np.ndarray, b_N: np.ndarray, split_seed: int = 0) -> np.ndarray:
@@ -586,24 +601,37 @@ def problem_of(row: dict) -> Problem:
 
     if "problem" in row:
         if "answer" in row:
-            return Problem(text("problem"), text("answer"), "math")
+            worked = row.get("solution") if BOX.search(str(row.get("solution"))) else ""
+            return Problem(text("problem"), text("answer"), "math", solution=worked)
         if not BOX.search(text("solution")):
             raise ValueError("field 'solution' holds no \\boxed{}")
-        return Problem(text("problem"), text("solution"), "math")
+        return Problem(text("problem"), text("solution"), "math", solution=text("solution"))
     if "question" in row:
         gold = gsm8k_answer(text("answer"))
         if gold is None:
             raise ValueError("field 'answer' must end in '#### ' and a number")
-        return Problem(text("question"), gold, "math")
+        steps = re.sub(r"<<[^<>]*>>", "", row["answer"].rpartition("#### ")[0])
+        return Problem(text("question"), gold, "math", solution=f"{steps}\\boxed{{{gold}}}")
     if "entry_point" in row:
-        return Problem(text("prompt"), text("test"), "program", text("entry_point"))
+        solution = fenced(row["prompt"], row.get("canonical_solution"))
+        return Problem(text("prompt"), text("test"), "program", text("entry_point"), solution)
     if "test_list" in row:
         setup = [row.get("test_setup_code") or "", *row.get("test_imports", [])]
         lines = row["test_list"]
         if not isinstance(lines, list) or not lines or not all(isinstance(x, str) for x in lines):
             raise ValueError(f"field 'test_list' must be a list of texts, got {lines!r:.50}")
         tests = "\n".join([line for line in setup if line] + lines)
-        return Problem(text("text" if "text" in row else "prompt"), tests, "program")
+        # the first test shows how the function is called; it names no other
+        prompt = f"{text('text' if 'text' in row else 'prompt')}\n\n{lines[0]}"
+        return Problem(prompt, tests, "program", solution=fenced(row.get("code")))
     raise ValueError(
         "none of the fields 'problem', 'question', 'entry_point', 'test_list' is there"
     )
+
+
+def fenced(*parts: str | None) -> str:
+    """Return a program in a fenced block; nothing if a part of it is missing."""
+    if not all(isinstance(part, str) and part for part in parts):
+        return ""
+    code = "".join(parts).replace("\r\n", "\n").strip("\n")
+    return f"```python\n{code}\n```"

@@ -652,33 +652,40 @@ def test_the_caller_imports_no_sympy_and_leaves_no_process():
 ROWS = [
     (
         {"problem": "1+1?", "level": "1", "solution": r"So $\boxed{2}$."},
-        ("1+1?", r"So $\boxed{2}$.", "math", ""),
+        ("1+1?", r"So $\boxed{2}$.", "math", "", r"So $\boxed{2}$."),
     ),
-    ({"problem": "1+1?", "solution": "", "answer": "2"}, ("1+1?", "2", "math", "")),
+    ({"problem": "1+1?", "solution": "", "answer": "2"}, ("1+1?", "2", "math", "", "")),
     (
         {"question": "How many?", "answer": "2*600=<<2*600=1200>>1200\n#### 1,200"},
-        ("How many?", "1200", "math", ""),
+        ("How many?", "1200", "math", "", "2*600=1200\n\\boxed{1200}"),
     ),
     (
         {
             "task_id": "HumanEval/0",
             "prompt": "def f():",
             "entry_point": "f",
-            "canonical_solution": "",
+            "canonical_solution": "\n    return 1\n",
             "test": "def check(candidate): pass",
         },
-        ("def f():", "def check(candidate): pass", "program", "f"),
+        (
+            "def f():", "def check(candidate): pass", "program", "f",
+            "```python\ndef f():\n    return 1\n```",
+        ),
     ),
     (
         {
             "text": "Add.",
-            "code": "",
+            "code": "def a(x):\r\n    return x",
             "task_id": 1,
             "test_setup_code": "import math",
             "test_list": ["assert a(1) == 1", "assert a(2) == 2"],
             "challenge_test_list": [],
         },
-        ("Add.", "import math\nassert a(1) == 1\nassert a(2) == 2", "program", ""),
+        (
+            "Add.\n\nassert a(1) == 1",
+            "import math\nassert a(1) == 1\nassert a(2) == 2", "program", "",
+            "```python\ndef a(x):\n    return x\n```",
+        ),
     ),
     (
         {
@@ -687,9 +694,9 @@ ROWS = [
             "test_imports": ["import math"],
             "test_list": ["assert a(1)"],
         },
-        ("Add.", "import math\nassert a(1)", "program", ""),
+        ("Add.\n\nassert a(1)", "import math\nassert a(1)", "program", "", ""),
     ),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz", "x.json"])

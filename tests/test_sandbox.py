@@ -580,6 +580,39 @@ def test_mbpp_solutions_pass():
     assert failed == []
 
 
+@pytest.mark.skipif(not DATA.exists(), reason="../shared/data is not here")
+def test_worked_answers_of_files_earn_1_in_the_form_that_is_imitated():
+    """And HumanEval's answers are programs of their own, or the prompt's completion, fenced or not
+    where that makes no difference."""
+    for path, every in (("humaneval/HumanEval.jsonl.gz", 20), ("mbpp/mbpp.jsonl", 80)):
+        problems = verify.load(DATA / path)[::every]
+        answers = [f"Here it is.\n\n{p.solution}\n\nDone." for p in problems]
+        assert [verify.judge(p, a).reward for p, a in zip(problems, answers, strict=True)] == [
+            1
+        ] * len(problems)
+    gsm8k = verify.load(DATA / "gsm8k/train.jsonl")[:300]
+    assert all("<<" not in p.solution and "####" not in p.solution for p in gsm8k)
+    assert all(verify.judge(p, p.solution).reward == 1 for p in gsm8k)
+
+
+def test_the_last_fenced_block_is_the_program():
+    two = "```\ndef add(a, b): return 0\n```\nNo:\n```python\ndef add(a, b): return a + b\n```\n"
+    problem = verify.Problem("Add.", "assert add(2, 3) == 5", "program")
+    assert verify.judge(problem, two).reward == 1
+    assert verify.judge(problem, "Sure.\n" + two[:28]).reward == 0  # a block that has no end
+    head = verify.Problem(
+        "import math\ndef f(x):\n    'The root.'\n",
+        "def check(candidate):\n    assert candidate(4) == 2", "program", "f",
+    )  # fmt: skip
+    for answer, reward in (
+        ("    return math.sqrt(x)", 1),
+        ("```python\ndef f(x):\n    return math.sqrt(x)\n```", 1),
+        ("```python\ndef f(x):\n    return x\n```", 0),
+        ("def f(x):\n    return math.sqrt(x)", 1),
+    ):
+        assert verify.judge(head, answer).reward == reward, answer
+
+
 # --- what a program must not bring about ----------------------------------------------------------
 
 
