@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 import verify
+from chat import encoding_of
 from model import GPT
-from rollout import encoding_of, grade, texts
+from rollout import grade, texts
 from run import Config, commit, draw, read_about, read_phase, schedule, write_json
 from score import all_judged, sample
 

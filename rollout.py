@@ -7,61 +7,21 @@ is an action like any other, of its turn; prompt and instruction are context, of
 attempts, where somebody wants them, are further turns: `p1 y3` and so on.
 The law that is sampled is the law that is scored: same temperature, no truncation in training.
 
-    python -c "import rollout as r; print(r.encode(r.toy_encoding(), '12+34=46<|end|>'))"
+    python -c "import torch, rollout as r; print(r.token_law(torch.tensor([2.0, 1.0]), 0.7).exp())"
 
 Dimension key: B rows, T tokens, S = T - 1 scored positions (position s predicts token s + 1),
 N tokens of one attempt, K attempts, C tokens of a chunk that is read, V vocabulary.
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import tiktoken
 import torch
 
 import verify
+from chat import END, REVISE, encode, encoding_of
 from model import GPT, Cache
-
-END, REVISE = "<|end|>", "<|revise|>"
-
-
-@cache
-def toy_encoding() -> tiktoken.Encoding:
-    """Return the toy's tokenizer: one token a character of 0-9 + =, and the two special tokens.
-
-    >>> toy_encoding().encode("7+5=12<|end|>", allowed_special="all")
-    [7, 10, 5, 11, 1, 2, 12]
-    """
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(b"0123456789+=")}
-    return tiktoken.Encoding(
-        "toy", pat_str=r".", mergeable_ranks=ranks, special_tokens={END: 12, REVISE: 13}
-    )
-
-
-@cache
-def countdown_encoding() -> tiktoken.Encoding:
-    """Return countdown's tokenizer: one token a character of its expressions and prompts.
-
-    >>> countdown_encoding().encode("8-(3+2)")
-    [8, 11, 14, 3, 10, 2, 15]
-    """
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(b"0123456789+-*/()=: ")}
-    special = {END: len(ranks), REVISE: len(ranks) + 1}
-    return tiktoken.Encoding(
-        "countdown", pat_str=r".", mergeable_ranks=ranks, special_tokens=special
-    )
-
-
-def encoding_of(task: str) -> tiktoken.Encoding:
-    """Return the tokenizer of a task, or of a kind of problem."""
-    return countdown_encoding() if task == "countdown" else toy_encoding()
-
-
-def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:
-    """Return the ids of our own text, special tokens included (never of a model's text)."""
-    return encoding.encode(text, allowed_special="all")
-
 
 # --- one turn -------------------------------------------------------------------------------------
 

@@ -24,8 +24,8 @@ import torch
 
 import countdown
 import verify
+from chat import encoding_of
 from model import GPT, GPTConfig
-from rollout import encoding_of
 
 METHODS = (
     "score", "base", "multi_turn", "single_turn", "no_stage1", "no_bonus", "star", "star_plus",

@@ -36,20 +36,9 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from chat import END, REVISE, encode, encoding_of
 from model import GPT
-from rollout import (
-    END,
-    REVISE,
-    Rollout,
-    encode,
-    encoding_of,
-    grade,
-    lay_out,
-    read_documents,
-    rollout,
-    token_law,
-    written,
-)
+from rollout import Rollout, grade, lay_out, read_documents, rollout, token_law, written
 from run import (
     BLOCK,
     SUPERVISED,

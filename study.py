@@ -30,9 +30,10 @@ import numpy as np
 import torch
 
 import verify
+from chat import END, REVISE, encoding_of
 from eval import edit_ratio, metrics, report
 from model import GPT
-from rollout import END, REVISE, Rollout, encoding_of, grade, texts
+from rollout import Rollout, grade, texts
 from run import Config, create, draw, parse, read_about, read_phase, restore, schedule, write_json
 from score import sample, train
 

@@ -17,8 +17,8 @@ from test_run import options, refused
 from test_score import TINY
 from truth import ROOT
 
+import chat
 import countdown
-import rollout
 import run as runs
 import verify
 
@@ -359,12 +359,12 @@ def test_what_is_neither_right_nor_a_copy_is_careless():
 
 
 def test_its_encoding_is_one_token_a_character_and_the_additions_is_as_it_was():
-    encoding = rollout.encoding_of("countdown")
+    encoding = chat.encoding_of("countdown")
     text = "8 3:05=(8-3)*1/1+0"
-    ids = rollout.encode(encoding, text + rollout.REVISE + rollout.END)
+    ids = chat.encode(encoding, text + chat.REVISE + chat.END)
     assert len(ids) == len(text) + 2 and encoding.decode(ids[:-2]) == text
     assert encoding.n_vocab == len(set("0123456789+-*/()=: ")) + 2
-    assert rollout.encoding_of("addition").n_vocab == 14
+    assert chat.encoding_of("addition").n_vocab == 14
     assert runs.Config().model().vocab_size == 14 and runs.Config().model().max_positions == 116
 
 

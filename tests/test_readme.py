@@ -20,8 +20,8 @@ import study
 README, NOTES, STUDY = ((ROOT / f"{name}.md").read_text() for name in ("README", "NOTES", "STUDY"))
 RESULTS = ROOT / "tests/results/study"
 MODULES = (
-    "algebra.py", "latex.py", "sandbox.py", "countdown.py", "verify.py", "model.py", "rollout.py",
-    "run.py", "score.py", "eval.py", "study.py", "figures.py",
+    "algebra.py", "latex.py", "sandbox.py", "countdown.py", "verify.py", "model.py", "chat.py",
+    "rollout.py", "run.py", "score.py", "eval.py", "study.py", "figures.py",
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model import model
 
+import chat
 import rollout
 from model import Cache
 
@@ -289,10 +290,10 @@ def test_rows_of_a_rollout_are_its_rows():
 
 
 def test_the_toy_encoding_is_one_token_a_character_and_reversible():
-    encoding = rollout.toy_encoding()
+    encoding = chat.toy_encoding()
     assert isinstance(encoding, tiktoken.Encoding)
-    text = "0123456789+=" + rollout.END + rollout.REVISE
-    ids = rollout.encode(encoding, text)
+    text = "0123456789+=" + chat.END + chat.REVISE
+    ids = chat.encode(encoding, text)
     assert ids == list(range(14)) and encoding.n_vocab == 14
     assert encoding.decode(ids) == text
 
@@ -303,8 +304,8 @@ def test_attempts_are_read_back_without_their_end_of_turn():
     cut = torch.tensor([[False, False], [True, False]])
     r = rollout.Rollout(ids, torch.tensor([8, 7]), turn, torch.zeros(2, 7), cut, cut[:, 1])
     assert rollout.written(r, 1) == [[4, 2, 12], [4, 2, 3]]
-    assert rollout.texts(r, 1, rollout.toy_encoding()) == ["42", "423"] and rollout.texts(
-        r, 2, rollout.toy_encoding()
+    assert rollout.texts(r, 1, chat.toy_encoding()) == ["42", "423"] and rollout.texts(
+        r, 2, chat.toy_encoding()
     ) == ["7", ""]
 
 

@@ -12,6 +12,7 @@ import truth
 from hypothesis import given
 from hypothesis import strategies as st
 
+import chat
 import countdown
 import rollout
 import run as runs
@@ -156,12 +157,12 @@ def test_offline_first_attempts_are_context_not_actions(kl):
 def test_sft_loss_is_the_tokens_cross_entropy():
     documents = [("12+34=", "046", "45"), ("00+01=", "1", "001")]
     r = rollout.read_documents(documents, "cpu")
-    encoding = rollout.toy_encoding()
+    encoding = chat.toy_encoding()
     for row, mask1, mask2, (prompt, draft, revision) in zip(
         r.ids_BT, r.mask1_BS, r.mask2_BS, documents, strict=True
     ):
         text = f"{prompt}{draft}<|end|><|revise|>{revision}<|end|>"
-        ids = rollout.encode(encoding, text)
+        ids = chat.encode(encoding, text)
         assert row[: len(ids)].tolist() == ids
         assert encoding.decode(row[1:][mask1].tolist()) == draft + "<|end|>"
         assert encoding.decode(row[1:][mask2].tolist()) == revision + "<|end|>"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_score import TINY
 
+import chat
 import eval as evaluation
 import rollout
 import run as runs
@@ -142,7 +143,7 @@ def said(ids):
     return "".join(str(token) for token in ids if token != END_ID)
 
 
-END_ID = rollout.encode(rollout.toy_encoding(), rollout.END)[0]
+END_ID = chat.encode(chat.toy_encoding(), chat.END)[0]
 
 
 def test_star_imitates_rows_that_went_from_wrong_to_right():
@@ -216,7 +217,7 @@ def test_nothing_to_imitate_changes_nothing(monkeypatch, tmp_path):
 def test_rows_of_a_group_are_one_training_problem_side_by_side(monkeypatch, tmp_path):
     run, seen = prepared(monkeypatch, tmp_path)
     score.rl_step(run, runs.Phase("x", "stage1", 5))
-    encoding = rollout.toy_encoding()
+    encoding = chat.toy_encoding()
     for b, problem in enumerate(seen["problems"]):
         assert problem == seen["problems"][b // 3 * 3]
         assert encoding.decode(seen["prompts"][b]) == problem.prompt
@@ -312,10 +313,10 @@ def test_truncated_attempts_are_not_paid():
     r = fake_rollout(["02", "0", "2"], ["3", "2", "0"], [False, False, False])
     assert [x.tolist() for x in rollout.grade(r, problems)] == [[1, 0, 1], [0, 1, 0]]
     r.truncated_BK[1, 0] = r.truncated_BK[2, 1] = True
-    r.ids_BT[r.ids_BT == rollout.encode(rollout.toy_encoding(), rollout.END)[0]] = 2
+    r.ids_BT[r.ids_BT == chat.encode(chat.toy_encoding(), chat.END)[0]] = 2
     assert (
-        rollout.texts(r, 1, rollout.toy_encoding())[1] == "02"
-        and rollout.texts(r, 2, rollout.toy_encoding())[2] == "02"
+        rollout.texts(r, 1, chat.toy_encoding())[1] == "02"
+        and rollout.texts(r, 2, chat.toy_encoding())[2] == "02"
     )
     assert [x.tolist() for x in rollout.grade(r, problems)] == [[1, 0, 1], [0, 1, 0]]
 

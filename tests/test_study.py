@@ -19,6 +19,7 @@ from test_run import options
 from test_score import TINY
 from truth import ROOT
 
+import chat
 import figures
 import rollout
 import run as runs
@@ -193,7 +194,7 @@ PROBLEMS = [verify.Problem("1+1=", "2"), verify.Problem("2+3=", "5")]
 
 
 def words(r, turn):
-    return rollout.texts(r, turn, rollout.toy_encoding())
+    return rollout.texts(r, turn, chat.toy_encoding())
 
 
 def spoken(firsts, seconds=None, cut=False):
@@ -259,8 +260,8 @@ def test_attempts_in_sight_of_the_last_one_are_second_attempts(models, monkeypat
     for before, (r, now) in zip(seen[1:], seen[2:], strict=False):
         for b, problem in enumerate(now):
             said = words(before[0], 1)[b]
-            end = "" if before[0].truncated_BK[b, 0] else rollout.END
-            assert problem.prompt == problems[b].prompt + said + end + rollout.REVISE
+            end = "" if before[0].truncated_BK[b, 0] else chat.END
+            assert problem.prompt == problems[b].prompt + said + end + chat.REVISE
         assert r.truncated_BK.shape == (5, 1)
 
 
@@ -282,9 +283,9 @@ def test_repairs_are_of_the_authors_first_attempts(models, monkeypatch):
     assert [who for who, _ in drawn] == [author, model]
     first, second = drawn[0][1], drawn[1][1]
     for b, problem in enumerate(problems):
-        end = "" if first.truncated_BK[b, 0] else rollout.END
-        text = problem.prompt + words(first, 1)[b] + end + rollout.REVISE
-        ids = rollout.encode(rollout.toy_encoding(), text)
+        end = "" if first.truncated_BK[b, 0] else chat.END
+        text = problem.prompt + words(first, 1)[b] + end + chat.REVISE
+        ids = chat.encode(chat.toy_encoding(), text)
         assert second.ids_BT[b, : len(ids)].tolist() == ids
 
 
