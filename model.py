@@ -1,7 +1,8 @@
-"""What does the policy compute? A compact decoder-only transformer of the Llama and Qwen2 family.
+"""What does the policy compute? A compact decoder-only transformer of the Llama and Qwen families.
 
 RMSNorm before each block, rotary positions, SwiGLU, grouped-query attention, optional bias on
-query, key and value, optional tying of the head to the embedding. No loss and no sampling here.
+query, key and value or norm of query and key, optional tying of the head to the embedding. No loss
+and no sampling here.
 
 Where it differs from the usual: the key-value cache keeps a length for *each row*. Rows are
 contiguous from slot 0 and slot = position, so ragged prompts need no left padding, and "a query at
@@ -15,16 +16,22 @@ H query heads, J key-value heads, K head size, F hidden width of the MLP.
 """
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
 class GPTConfig:
     """Sizes of a model.
+
+    head_dim: size K of a head; 0 means d_model / n_head. qk_norm: an RMSNorm over K of each query
+    and key, before they turn. rope_scaling: Llama 3's factor, low_freq_factor, high_freq_factor and
+    original_max_position_embeddings; None leaves the frequencies as they are.
 
     Raises:
       ValueError: a size is impossible; the message names the field and the value.
@@ -41,12 +48,24 @@ class GPTConfig:
     norm_eps: float = 1e-6
     qkv_bias: bool = False
     tied_head: bool = False
+    head_dim: int = 0
+    qk_norm: bool = False
+    rope_scaling: tuple[float, float, float, int] | None = None
+
+    @property
+    def head_size(self) -> int:
+        """K: head_dim, or what d_model gives each query head."""
+        return self.head_dim or self.d_model // self.n_head
 
     def __post_init__(self):
         for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "d_model", "d_ff"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.d_model % (2 * self.n_head):
+        if self.head_dim < 0 or self.head_dim % 2:
+            raise ValueError(
+                f"head_dim must be 0 or even (rotary positions turn pairs), got {self.head_dim}"
+            )
+        if not self.head_dim and self.d_model % (2 * self.n_head):
             raise ValueError(
                 f"d_model must be a multiple of 2 * n_head = {2 * self.n_head} (rotary positions "
                 f"turn pairs), got {self.d_model}"
@@ -55,22 +74,34 @@ class GPTConfig:
             raise ValueError(
                 f"n_head must be a multiple of n_kv_head = {self.n_kv_head}, got {self.n_head}"
             )
+        if self.rope_scaling is not None:
+            factor, low, high, original = self.rope_scaling
+            if not (factor >= 1 and 0 < low < high and original >= 1):
+                raise ValueError(
+                    "rope_scaling must have factor >= 1, 0 < low_freq_factor < high_freq_factor "
+                    f"and original_max_position_embeddings >= 1, got {self.rope_scaling}"
+                )
 
 
 class Cache:
     """Keys and values of the tokens that a model has read, preallocated, with a length per row.
 
-    k, v: one [B, S, J, K] tensor a layer. length_B: tokens held by each row, int64.
+    k, v: one [B, S, J, K] tensor a layer, of `dtype`: by default that of the computation, which is
+    autocast's where autocast is on and else the weights'. length_B: tokens held by each row, int64.
     reach: an upper bound of every length; a plain int, so that reading it waits for no device.
     """
 
-    def __init__(self, model: "GPT", rows: int, slots: int):
+    def __init__(self, model: "GPT", rows: int, slots: int, dtype: torch.dtype | None = None):
         c, weight = model.config, model.embed.weight
         if slots > c.max_positions:
             raise ValueError(f"{slots} tokens do not fit max_positions = {c.max_positions}")
-        shape = (rows, slots, c.n_kv_head, c.d_model // c.n_head)
-        self.k = [weight.new_zeros(shape) for _ in range(c.n_layer)]
-        self.v = [weight.new_zeros(shape) for _ in range(c.n_layer)]
+        if dtype is None:
+            kind = weight.device.type
+            autocast = torch.is_autocast_enabled(kind)
+            dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
+        shape = (rows, slots, c.n_kv_head, c.head_size)
+        self.k = [weight.new_zeros(shape, dtype=dtype) for _ in range(c.n_layer)]
+        self.v = [weight.new_zeros(shape, dtype=dtype) for _ in range(c.n_layer)]
         self.length_B = torch.zeros(rows, dtype=torch.long, device=weight.device)
         self.reach = 0
 
@@ -103,19 +134,40 @@ class Cache:
 def rotary_table(config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cos and signed sin of position times frequency, each [max_positions, K], float32.
 
-    Source: Su et al., RoFormer, arXiv 2104.09864, eq. 15, with element k paired with k + K/2.
+    Source: Su et al., RoFormer, arXiv 2104.09864, eq. 15, with element k paired with k + K/2;
+    rope_scaling as in the code that Llama 3.1 was released with: pairs that turn less than
+    low_freq_factor times within the original length turn `factor` times slower, those that turn
+    more than high_freq_factor times stay, and those between are interpolated.
     """
-    half = config.d_model // config.n_head // 2
+    half = config.head_size // 2
     frequency_K = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    if config.rope_scaling is not None:
+        factor, low, high, original = config.rope_scaling
+        turns_K = original * frequency_K / (2 * math.pi)
+        stays_K = ((turns_K - low) / (high - low)).clamp(0, 1)
+        frequency_K = frequency_K * (stays_K + (1 - stays_K) / factor)
     angle = torch.arange(config.max_positions, dtype=torch.float64)[:, None] * frequency_K
     cos, sin = angle.cos().float(), angle.sin().float()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x_BTHK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x[k], x[k + K/2]) by its angle; cos and sin broadcast to [B, T, 1, K]."""
+    """Turn each pair (x[k], x[k + K/2]) by its angle; cos and sin broadcast to [B, T, 1, K].
+
+    Computed in the wider dtype of the two, float32 where the tables are; returned in x's.
+    """
     a, b = x_BTHK.chunk(2, dim=-1)
-    return x_BTHK * cos + torch.cat([b, a], dim=-1) * sin
+    return (x_BTHK * cos + torch.cat([b, a], dim=-1) * sin).to(x_BTHK.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight over the last axis, in float32 or wider; returned in x's dtype.
+
+    Source: Zhang and Sennrich, arXiv 1910.07467, eq. 4.
+    """
+
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -123,26 +175,31 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        head = config.d_model // config.n_head
-        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        width = (config.n_head + 2 * config.n_kv_head) * head
+        K, self.n_head, self.n_kv_head = config.head_size, config.n_head, config.n_kv_head
+        width = (config.n_head + 2 * config.n_kv_head) * K
         self.qkv = nn.Linear(config.d_model, width, bias=config.qkv_bias)
-        self.out = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.out = nn.Linear(config.n_head * K, config.d_model, bias=False)
+        self.q_norm = RMSNorm(K, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(K, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(self, x_BTD, cos, sin, kept=None):
         """`kept`: this layer's cached k and v [B, S, J, K], where to write, and what to see."""
-        B, T, D = x_BTD.shape
+        B, T, _ = x_BTD.shape
         H, J = self.n_head, self.n_kv_head
-        qk, v = self.qkv(x_BTD).view(B, T, H + 2 * J, D // H).split([H + J, J], dim=2)
+        qk, v = self.qkv(x_BTD).view(B, T, H + 2 * J, -1).split([H + J, J], dim=2)
+        if self.q_norm is not None:
+            q, k = qk.split([H, J], dim=2)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
         q, k = rotate(qk, cos, sin).split([H, J], dim=2)
         mask_B1TS = None
         if kept is not None:
             k_BSJK, v_BSJK, position_BT, mask_B1TS = kept
             row_B1 = torch.arange(B, device=x_BTD.device)[:, None]
-            k_BSJK[row_B1, position_BT] = k  # padding lands beyond the row's length, unseen
-            v_BSJK[row_B1, position_BT] = v
+            # padding lands beyond the row's length, unseen
+            k_BSJK[row_B1, position_BT] = k.to(k_BSJK.dtype)
+            v_BSJK[row_B1, position_BT] = v.to(v_BSJK.dtype)
             reach = mask_B1TS.shape[-1]
-            k, v = k_BSJK[:, :reach], v_BSJK[:, :reach]
+            k, v = k_BSJK[:, :reach].to(q.dtype), v_BSJK[:, :reach].to(q.dtype)
         y_BHTK = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -151,7 +208,7 @@ class Attention(nn.Module):
             is_causal=mask_B1TS is None,
             enable_gqa=H != J,
         )
-        return self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
+        return self.out(y_BHTK.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -172,9 +229,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.norm1 = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm1 = RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.norm2 = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm2 = RMSNorm(config.d_model, eps=config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x_BTD, cos, sin, kept=None):
@@ -187,14 +244,17 @@ class GPT(nn.Module):
 
     Args:
       seed: of the initial weights, which depend on nothing else.
+
+    recompute: an attribute, False at first. True computes each block's activations again on the way
+    back instead of keeping them: the same gradients from less memory, in more time.
     """
 
     def __init__(self, config: GPTConfig, seed: int = 0):
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, False
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tied_head:
             self.head.weight = self.embed.weight
@@ -246,8 +306,14 @@ class GPT(nn.Module):
             cos, sin = self.cos[position_BT][:, :, None], self.sin[position_BT][:, :, None]
             kept = [(k, v, position_BT, mask_B1TS) for k, v in zip(cache.k, cache.v, strict=True)]
         x_BTD = self.embed(ids_BT)
+        again = self.recompute and cache is None and torch.is_grad_enabled()
         for block, layer in zip(self.blocks, kept, strict=True):
-            x_BTD = block(x_BTD, cos, sin, layer)
+            if again:
+                x_BTD = checkpoint(
+                    block, x_BTD, cos, sin, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_BTD = block(x_BTD, cos, sin, layer)
         if cache is not None:
             cache.length_B += T if n_new_B is None else n_new_B
         return self.norm(x_BTD)

@@ -151,6 +151,9 @@ def test_a_tied_head_is_one_weight():
         ({"n_layer": 0}, "n_layer"), ({"vocab_size": -1}, "vocab_size"),
         ({"d_model": 10}, "d_model"), ({"d_model": 18}, "d_model"),
         ({"n_kv_head": 4}, "n_head"), ({"d_ff": 0}, "d_ff"),
+        ({"head_dim": 5}, "head_dim"), ({"head_dim": -2}, "head_dim"),
+        ({"rope_scaling": (8.0, 4.0, 1.0, 32)}, "rope_scaling"),
+        ({"rope_scaling": (0.5, 1.0, 4.0, 32)}, "rope_scaling"),
     ],
 )  # fmt: skip
 def test_impossible_sizes_are_refused_by_name(change, named):
