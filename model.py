@@ -2,7 +2,7 @@
 
 RMSNorm before each block, rotary positions, SwiGLU, grouped-query attention, optional bias on
 query, key and value or norm of query and key, optional tying of the head to the embedding. No loss
-and no sampling here.
+and no sampling here. Last in the file: folders of open weights, read and written.
 
 Where it differs from the usual: the key-value cache keeps a length for *each row*. Rows are
 contiguous from slot 0 and slot = position, so ragged prompts need no left padding, and "a query at
@@ -16,8 +16,12 @@ H query heads, J key-value heads, K head size, F hidden width of the MLP.
 """
 
 import copy
+import json
 import math
+import shutil
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -317,3 +321,239 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length_B += T if n_new_B is None else n_new_B
         return self.norm(x_BTD)
+
+    @staticmethod
+    def from_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32) -> "GPT":
+        """Return the model in a local Hugging Face folder, on the CPU, with weights of `dtype`.
+
+        Raises:
+          ValueError: one line that names what is missing, damaged, or of another shape or kind.
+        """
+        return read_open(Path(folder), dtype)
+
+    def save_pretrained(self, folder: str | Path, source: str | Path | None = None) -> None:
+        """Write a new folder that transformers and vLLM load: whole, or not at all.
+
+        Args:
+          source: a folder to copy the tokenizer and the generation settings from, and the fields of
+            config.json that do not follow from this model's.
+
+        Raises:
+          ValueError: the folder exists, the source is none, or no open family has such a model.
+        """
+        write_open(self, Path(folder), None if source is None else Path(source))
+
+
+# --- open checkpoints -----------------------------------------------------------------------------
+
+FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+SIZES_THERE = {
+    "vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads", "d_model": "hidden_size", "d_ff": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+}  # fmt: skip
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+MODULES_THERE = {  # several: their rows follow one another in the one matrix here
+    "embed": ["model.embed_tokens"], "norm": ["model.norm"], "head": ["lm_head"],
+    "norm1": ["input_layernorm"], "norm2": ["post_attention_layernorm"],
+    "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attention.q_norm": ["self_attn.q_norm"], "attention.k_norm": ["self_attn.k_norm"],
+    "attention.out": ["self_attn.o_proj"],
+    "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"], "mlp.down": ["mlp.down_proj"],
+}  # fmt: skip
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "chat_template.jinja", "vocab.json", "merges.txt",
+)  # fmt: skip
+
+
+def read_json(path: Path) -> dict:
+    """Return the object in a JSON file; ValueError if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"cannot read {path}: it holds no JSON object")
+    return content
+
+
+def number(table: dict, name: str, kind: type, default=None):
+    """Return a field that must be a number of a kind, int or float; null is as good as absent."""
+    value = default if table.get(name) is None else table[name]
+    if type(value) not in (int, kind):
+        raise ValueError(f"config.json: {name} must be of type {kind.__name__}, got {value!r}")
+    return kind(value)
+
+
+def config_from(folder: str | Path) -> GPTConfig:
+    """Return the sizes in a Hugging Face folder's config.json, of transformers 4's layout or 5's.
+
+    Raises:
+      ValueError: it cannot be read, or asks for what this model does not compute.
+    """
+    raw = read_json(Path(folder) / "config.json")
+    family = raw.get("model_type")
+    classes = raw.get("architectures") or [FAMILIES.get(family)]
+    if family not in FAMILIES or classes != [FAMILIES[family]]:
+        raise ValueError(
+            f"config.json: model_type {family!r} with architectures {classes} is not supported; "
+            f"accepted: {', '.join(FAMILIES.values())}"
+        )
+    defaults = {"n_kv_head": raw.get("num_attention_heads")}
+    sizes = {ours: number(raw, name, int, defaults.get(ours)) for ours, name in SIZES_THERE.items()}
+    windows = number(raw, "max_window_layers", int, 28) < sizes["n_layer"]
+    slides = bool(raw.get("use_sliding_window")) and windows
+    slides = slides or bool(set(raw.get("layer_types") or []) - {"full_attention"})
+    rope = raw | (raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    for name, value, *accepted in (
+        ("hidden_act", raw.get("hidden_act", "silu"), "silu"),
+        ("attention_bias", family != "qwen2" and raw.get("attention_bias", False), False),
+        ("mlp_bias", raw.get("mlp_bias", False), False),
+        ("use_sliding_window", slides, False),
+        ("rope_type", rope_type, "default", "llama3"),
+        ("partial_rotary_factor", rope.get("partial_rotary_factor", 1), 1),
+    ):
+        if value not in accepted:
+            accepted = " or ".join(map(repr, accepted))
+            raise ValueError(
+                f"config.json: {name} {value!r} is not supported; accepted: {accepted}"
+            )
+    head_dim = number(raw, "head_dim", int, 128 if family == "qwen3" else 0)
+    scaling = None
+    if rope_type == "llama3":
+        scaling = tuple(number(rope, x, int if x == LLAMA3[-1] else float) for x in LLAMA3)
+    return GPTConfig(
+        **sizes,
+        rope_theta=number(rope, "rope_theta", float, 10_000),
+        norm_eps=number(raw, "rms_norm_eps", float, 1e-6),
+        qkv_bias=family == "qwen2",
+        tied_head=bool(raw.get("tie_word_embeddings", False)),
+        head_dim=0 if head_dim * sizes["n_head"] == sizes["d_model"] else head_dim,
+        qk_norm=family == "qwen3",
+        rope_scaling=scaling,
+    )
+
+
+def config_there(config: GPTConfig, dtype: torch.dtype) -> dict:
+    """Return the fields of config.json that say what the model is, in both layouts at once."""
+    if config.qk_norm and config.qkv_bias:
+        raise ValueError("no open family has both qk_norm and qkv_bias")
+    family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    rope = {"rope_type": "default"}
+    if config.rope_scaling is not None:
+        rope = {"rope_type": "llama3", **dict(zip(LLAMA3, config.rope_scaling, strict=True))}
+    name = str(dtype).removeprefix("torch.")
+    return {
+        "architectures": [FAMILIES[family]],
+        "model_type": family,
+        **{there: getattr(config, ours) for ours, there in SIZES_THERE.items()},
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied_head,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if config.rope_scaling is None else rope,
+        "rope_parameters": rope | {"rope_theta": config.rope_theta},
+        "dtype": name,
+        "torch_dtype": name,
+    }
+
+
+def parts(model: GPT) -> dict[str, torch.Tensor]:
+    """Return an open checkpoint's tensors, by their names there, as views of our weights."""
+    c = model.config
+    rows = {
+        "attention.qkv": [n * c.head_size for n in (c.n_head, c.n_kv_head, c.n_kv_head)],
+        "mlp.gate_up": [c.d_ff, c.d_ff],
+    }
+    views = {}
+    for name, weight in model.named_parameters():
+        module, kind = name.rsplit(".", 1)
+        before = ""
+        if module.startswith("blocks."):
+            _, layer, module = module.split(".", 2)
+            before = f"model.layers.{layer}."
+        pieces = weight.detach().split(rows.get(module, len(weight)))
+        for there, piece in zip(MODULES_THERE[module], pieces, strict=True):
+            views[f"{before}{there}.{kind}"] = piece
+    return views
+
+
+def safetensors_library():
+    """Return the package that reads and writes files of weights; nothing else here needs it."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        needed = "safetensors: pip install safetensors==0.8.0"
+        raise ValueError(f"open checkpoints need {needed}") from None
+    return safetensors
+
+
+def open_tensors(folder: Path) -> dict:
+    """Return the open file of each tensor's name; nothing is read yet but the files' headers."""
+    library = safetensors_library()
+    names, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if not (folder / names[0]).is_file():
+        if not index.is_file():
+            raise ValueError(f"{folder} has neither {names[0]} nor {index.name}")
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise ValueError(f"cannot read {index}: it has no weight_map")
+        names = sorted(set(map(str, places.values())))
+    where = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise ValueError(f"{index} names {name}, which is missing")
+        try:
+            file = library.safe_open(folder / name, framework="pt")
+        except (OSError, library.SafetensorError) as error:
+            raise ValueError(f"cannot read {folder / name}: {error}") from None
+        where |= dict.fromkeys(file.keys(), file)
+    return where
+
+
+def read_open(folder: Path, dtype: torch.dtype) -> GPT:
+    """Return a folder's model, one tensor read at a time (`GPT.from_pretrained`)."""
+    config, where = config_from(folder), open_tensors(folder)
+    with torch.device("meta"):  # no initial weights: they would be drawn only to be overwritten
+        model = GPT(config).to(dtype)
+    model.to_empty(device="cpu")
+    if config.tied_head:
+        model.head.weight = model.embed.weight
+        where.pop("lm_head.weight", None)
+    model.cos, model.sin = rotary_table(config)  # float32, whatever the weights' dtype
+    views = parts(model)
+    buffers = {name for name in where if name.endswith("rotary_emb.inv_freq")}
+    for fault, names in (
+        ("lacks", views.keys() - where.keys()),
+        ("has, unexpectedly,", where.keys() - views.keys() - buffers),
+    ):
+        if names:
+            raise ValueError(f"{folder} {fault} {len(names)} tensors, first {min(names)}")
+    for name, view in views.items():
+        shape = tuple(where[name].get_slice(name).get_shape())
+        if shape != view.shape:
+            raise ValueError(f"{folder}: {name} must be {tuple(view.shape)}, got {shape}")
+        view.copy_(where[name].get_tensor(name))
+    return model
+
+
+def write_open(model: GPT, folder: Path, source: Path | None) -> None:
+    """Write a model under a temporary name, then rename it (`GPT.save_pretrained`)."""
+    library = safetensors_library()
+    if folder.exists():
+        raise ValueError(f"{folder} exists; name a new folder")
+    kept = {} if source is None else read_json(source / "config.json")
+    settings = kept | config_there(model.config, model.embed.weight.dtype)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as place:
+        draft = Path(place) / "whole"
+        draft.mkdir()
+        for name in COMPANIONS if source is not None else ():
+            if (source / name).is_file():
+                shutil.copyfile(source / name, draft / name)
+        (draft / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        library.torch.save_file(parts(model), draft / "model.safetensors", {"format": "pt"})
+        draft.rename(folder)
