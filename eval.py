@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 import verify
-from chat import encoding_of
 from model import GPT
 from rollout import grade, texts
 from run import Config, commit, draw, read_about, read_phase, schedule, write_json
@@ -124,11 +123,11 @@ def evaluate(model: GPT, c: Config, problems: list[verify.Problem], temperature:
     """
     generator = torch.Generator(c.device).manual_seed(0)
     r = sample(model, c, problems, generator, temperature)
-    reward1_N, reward2_N = grade(r, problems)
+    reward1_N, reward2_N = grade(r, problems, c.format())
     keep_N = all_judged(reward1_N + reward2_N, 1)
     r, judged = r.rows(keep_N), [problems[i] for i in keep_N.nonzero()[:, 0].tolist()]
     right1_N, right2_N = (x[keep_N].cpu().numpy() == 1 for x in (reward1_N, reward2_N))
-    first, second = (texts(r, turn, encoding_of(c.task)) for turn in (1, 2))
+    first, second = (texts(r, turn, c.format()) for turn in (1, 2))
     changed_N = np.array([a != b for a, b in zip(first, second, strict=True)])
     ratios = [edit_ratio(a, b) for a, b in zip(first, second, strict=True)]
     wrong = int((~right1_N).sum())
@@ -249,14 +248,27 @@ def report(folder: Path, split: str, n: int) -> dict:
     }
 
 
+def printable(text: str, most: int = 600) -> str:
+    """Return a model's text as a terminal may have it: no control characters, and not too long.
+
+    >>> printable("7\\x1b[2J"), printable("12345", most=3)
+    ('7?[2J', '123 ..')
+    """
+    shown = "".join(x if x.isprintable() or x == "\n" else "?" for x in text[:most])
+    return shown + (" .." if len(text) > most else "")
+
+
 def show(r: dict) -> None:
     """Print a report."""
     print(f"\n{r['n']:,} held-out problems ({r['split']}), greedy, seed {r['seed']}; "
           "per cent [95 % interval]\n")  # fmt: skip
     print(table(r["phases"]))
     for t in r["transcripts"]:
-        print(f"\n{t['kind']:>9}  {t['prompt']}   gold {t['gold']}\n attempt 1  {t['attempt1']}"
-              f"\n attempt 2  {t['attempt2']}")  # fmt: skip
+        prompt, gold, first, second = (
+            printable(t[key]) for key in ("prompt", "gold", "attempt1", "attempt2")
+        )
+        print(f"\n{t['kind']:>9}  {prompt}   gold {gold}\n attempt 1  {first}"
+              f"\n attempt 2  {second}")  # fmt: skip
     for note in r["diagnosis"]:
         print(f"\nDIAGNOSIS  {note}")
 

@@ -13,14 +13,17 @@ Dimension key: B rows, T tokens, S = T - 1 scored positions (position s predicts
 N tokens of one attempt, K attempts, C tokens of a chunk that is read, V vocabulary.
 """
 
-from dataclasses import dataclass
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 
 import numpy as np
-import tiktoken
 import torch
+import torch.nn.functional as F
 
 import verify
-from chat import END, REVISE, encode, encoding_of
+from chat import Format, decode, encode, encode_text, format_of, prompt
 from model import GPT, Cache
 
 # --- one turn -------------------------------------------------------------------------------------
@@ -181,6 +184,20 @@ class Rollout:
         )
 
 
+def concatenate(parts: list[Rollout]) -> Rollout:
+    """Return all rows of several rollouts, in order."""
+    T = max(r.ids_BT.shape[1] for r in parts)
+
+    def joined(name):
+        columns = [getattr(r, name) for r in parts]
+        if name in ("ids_BT", "turn_BS", "logp_BS"):
+            more = [T - r.ids_BT.shape[1] for r in parts]
+            columns = [F.pad(x, (0, n)) for x, n in zip(columns, more, strict=True)]
+        return torch.cat(columns)
+
+    return Rollout(*(joined(f.name) for f in fields(Rollout)))
+
+
 def pad(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ragged rows as ids [B, C] padded on the right with 0, and lengths [B], both int64."""
     n = np.array([len(row) for row in rows])
@@ -317,7 +334,7 @@ def choose(pick_B: torch.Tensor, a: Turn, b: Turn) -> Turn:
         x, y = getattr(a, name), getattr(b, name)
         if x.dim() == 1:
             return torch.where(pick_B, x, y)
-        x, y = (torch.nn.functional.pad(z, (0, N - z.shape[1])) for z in (x, y))
+        x, y = (F.pad(z, (0, N - z.shape[1])) for z in (x, y))
         return torch.where(pick_B[:, None], x, y)
 
     return Turn(*(merge(name) for name in ("ids_BN", "n_B", "logp_BN", "truncated_B")))
@@ -332,27 +349,33 @@ def written(r: Rollout, turn: int) -> list[list[int]]:
     return [[token for token, inside in zip(*row, strict=True) if inside] for row in rows]
 
 
-def texts(r: Rollout, turn: int, encoding: tiktoken.Encoding) -> list[str]:
+def texts(r: Rollout, turn: int, format: Format) -> list[str]:
     """Return each row's attempt as text, without its end-of-turn token."""
     rows = zip(written(r, turn), r.truncated_BK[:, turn - 1].tolist(), strict=True)
-    return [encoding.decode(ids if cut else ids[:-1]) for ids, cut in rows]
+    return [decode(format, ids if cut else ids[:-1]) for ids, cut in rows]
 
 
-def grade(r: Rollout, problems: list[verify.Problem]) -> list[torch.Tensor]:
+def grade(
+    r: Rollout, problems: list[verify.Problem], format: Format, tally: Counter | None = None
+) -> list[torch.Tensor]:
     """Return the rewards of each attempt, float32 [B]: 0, 1, or nan without a verdict.
 
     There is no verdict where the verifier failed or the gold answer is unreadable. That is never
     scored as 0: whoever trains or measures leaves the problem out, and counts it.
+
+    Args:
+      tally: counts verdicts by their status.
     """
-    rewards, encoding = [], encoding_of(problems[0].kind)
-    for turn, cut_B in enumerate(r.truncated_BK.unbind(dim=1), 1):
-        answers = texts(r, turn, encoding)
-        verdicts = [
-            verify.judge(problem, answer, cut)
-            for answer, problem, cut in zip(answers, problems, cut_B.tolist(), strict=True)
-        ]
-        values = [float("nan") if v.reward is None else float(v.reward) for v in verdicts]
-        rewards.append(torch.tensor(values, device=cut_B.device))
+    rewards = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # programs run in processes of their own
+        over = pool.map if problems[0].kind == "program" else map
+        for turn, cut_B in enumerate(r.truncated_BK.unbind(dim=1), 1):
+            answers = texts(r, turn, format)
+            verdicts = list(over(verify.judge, problems, answers, cut_B.tolist()))
+            if tally is not None:
+                tally.update(verdict.status for verdict in verdicts)
+            values = [float("nan") if v.reward is None else float(v.reward) for v in verdicts]
+            rewards.append(torch.tensor(values, device=cut_B.device))
     return rewards
 
 
@@ -367,11 +390,18 @@ def lay_out(prompts, attempts, instruction: list[int], device) -> Rollout:
 
 
 def read_documents(documents, device, task: str = "addition") -> Rollout:
-    """Lay out documents: prompt, draft, revision or several, all but the prompt without their end
-    of turn."""
-    encoding = encoding_of(task)
+    """Lay out a toy's documents: prompt, draft, revision or several, all but the prompt without
+    their end of turn."""
+    format = format_of(task)
     columns = [
-        [encode(encoding, text + (END if turn else "")) for text in column]
+        [encode(format.tokenizer.encoding, text) + [format.end_id] * (turn > 0) for text in column]
         for turn, column in enumerate(zip(*documents, strict=True))
     ]
-    return lay_out(columns[0], columns[1:], encode(encoding, REVISE), device)
+    return lay_out(columns[0], columns[1:], format.instruction, device)
+
+
+def read_solutions(problems: list[verify.Problem], format: Format, device) -> Rollout:
+    """Lay out problems and their worked answers, as first attempts that are the last."""
+    encoding, nfc = format.tokenizer
+    answers = [[*encode_text(encoding, p.solution, nfc), format.end_id] for p in problems]
+    return lay_out([prompt(format, p) for p in problems], [answers], format.instruction, device)

@@ -10,6 +10,7 @@ config.json, log.jsonl (a line a step), checkpoint.pt (all that the next step de
 
 import argparse
 import copy
+import functools
 import json
 import os
 import re
@@ -24,26 +25,37 @@ import torch
 
 import countdown
 import verify
-from chat import encoding_of
-from model import GPT, GPTConfig
+from chat import Format, format_of
+from model import GPT, GPTConfig, config_from
 
 METHODS = (
     "score", "base", "multi_turn", "single_turn", "no_stage1", "no_bonus", "star", "star_plus",
     "pair_sft", "pair_sft_plus", "star_stage2", "three_turn",
 )  # fmt: skip
 SUPERVISED = ("sft", "star", "pair_sft")  # objectives that imitate; all others reinforce
-PRESETS = {  # of the command line: where a task's own defaults differ from those below
+PRESETS = {  # of the command line: where a task's or a data set's defaults differ from those below
     "countdown": dict(
-        d_ff=192,
-        sft_steps=2000,
-        forget=0.15,
-        right_revision=0.22,
-        copy=0.73,
-        clean=0.8,
-        stage1_steps=80,
-        lr=5e-4,
-    )
-}
+        d_ff=192, sft_steps=2000, forget=0.15, right_revision=0.22, copy=0.73, clean=0.8,
+        stage1_steps=80, lr=5e-4,
+    ),
+    # arXiv 2409.12917v2, table 5; the paper gives steps in all, their split is open: here halves.
+    # It says nothing of groups, lengths, warm-up and precision.
+    "math": dict(
+        task="math", lr=5e-6, stage1_steps=1500, stage2_steps=1500, batch=512, alpha=10.0,
+        beta1=0.01, beta2=0.1, temperature=1.0, sft_steps=0, sft_lr=1e-5, sft_batch=64,
+        sft_warmup=10, max_new=1024, dtype="bfloat16", micro_batch=8, sample_batch=512,
+        recompute=True, chunk=128,
+    ),
+    "mbpp": dict(
+        task="code", lr=1e-5, stage1_steps=750, stage2_steps=750, batch=128, alpha=10.0,
+        beta1=0.01, beta2=0.25, temperature=1.0, sft_steps=0, sft_lr=1e-5, sft_batch=64,
+        sft_warmup=10, max_new=512, dtype="bfloat16", micro_batch=8, sample_batch=512,
+        recompute=True, chunk=128,
+    ),
+}  # fmt: skip
+TOYS, DATA = ("addition", "countdown"), ("math", "code")
+
+DTYPES = ("float32", "bfloat16")
 
 # --- settings: one line a knob --------------------------------------------------------------------
 
@@ -65,7 +77,10 @@ class Config:
     seed: int = knob(0, "of weights, problems and samples", 0, 2**31)
     device: str = knob("cpu", "cpu, cuda or cuda:N")
     # task
-    task: str = knob("addition", "the toy", choices=("addition", "countdown"))
+    task: str = knob("addition", "a toy; or math or code, from files", choices=TOYS + DATA)
+    checkpoint: str = knob("", "math, code: folder of the open checkpoint that is the base")
+    train: str = knob("", "math, code: file of problems to train on; a tenth of them is split dev")
+    test: str = knob("", "math, code: file of problems to report on")
     digits: int = knob(7, "addition: digits of each operand", 1, verify.MAX_OPERAND_DIGITS)
     numbers: int = knob(4, "countdown: numbers of a problem", 2, countdown.MAX_NUMBERS)
     largest: int = knob(9, "countdown: the largest number", 1, countdown.MAX_LARGEST)
@@ -79,7 +94,7 @@ class Config:
     rope_theta: float = knob(100.0, "base of the rotary wavelengths", 1, 1e9)
     qkv_bias: bool = knob(True, "bias on query, key and value")
     # base model
-    sft_steps: int = knob(1500, "steps of supervised training of the base", 1, 10**9)
+    sft_steps: int = knob(1500, "steps of supervised training of the base", 0, 10**9)
     sft_batch: int = knob(128, "documents a step", 1, 2**20)
     sft_lr: float = knob(6e-3, "peak learning rate, then linear to 0", 0, 1)
     sft_warmup: int = knob(100, "steps of linear warm-up of the base", 0, 10**9)
@@ -101,9 +116,7 @@ class Config:
     batch: int = knob(256, "rollouts a step", 2, 2**20)
     group: int = knob(4, "rollouts of each problem (leave-one-out baseline)", 2, 2**20)
     pool: int = knob(0, "problems to train on, the same at all steps; 0: always fresh", 0, 2**20)
-    micro_batch: int = knob(
-        0, "rollouts in one backward pass of RL, whole groups; 0: all", 0, 2**20
-    )
+    micro_batch: int = knob(0, "rows in one backward pass, whole groups; 0: all", 0, 2**20)
     lr: float = knob(7e-4, "learning rate", 0, 1)
     warmup: int = knob(20, "steps of linear warm-up in each stage", 0, 10**9)
     clip: float = knob(1.0, "limit of the gradient's norm", 1e-9, 1e9)
@@ -119,6 +132,11 @@ class Config:
     leak: bool = knob(False, "pay the progress bonus to attempt 1, too: a known mistake")
     iterations: int = knob(3, "how often STaR samples anew from what it has become", 1, 1000)
     select: str = knob("best", "which weights the last phase keeps", choices=("best", "last"))
+    # memory and precision
+    dtype: str = knob("float32", "of computing; weights stay float32", choices=DTYPES)
+    sample_batch: int = knob(0, "rows sampled at a time, whole groups; 0: all", 0, 2**20)
+    chunk: int = knob(0, "positions whose laws are in memory at a time; 0: all", 0, 2**20)
+    recompute: bool = knob(False, "compute blocks again in the backward pass")
     # reports
     eval_n: int = knob(2000, "held-out problems in the final table", 1, 10**6)
     save_every: int = knob(100, "steps between checkpoints", 1, 10**9)
@@ -135,7 +153,10 @@ class Config:
                 raise ValueError(
                     f"{option} must be between {low:.10g} and {high:.10g}, got {value}"
                 )
-        for option, rows in (("--batch", self.batch), ("--micro-batch", self.micro_batch)):
+        for option, rows in (
+            ("--batch", self.batch), ("--micro-batch", self.micro_batch),
+            ("--sample-batch", self.sample_batch),
+        ):  # fmt: skip
             if rows % self.group:
                 raise ValueError(f"{option} must be a multiple of --group {self.group}, got {rows}")
         if self.sft_batch < self.base_attempts - 1:
@@ -143,7 +164,7 @@ class Config:
                              f"got {self.sft_batch}")  # fmt: skip
         if 0 < self.pool < self.batch // self.group:
             raise ValueError(f"--pool must be 0 or at least --batch / --group, got {self.pool}")
-        least = self.lengths()[1] + 1  # an answer and the end of turn
+        least = 2 if self.task in DATA else self.lengths()[1] + 1  # an answer and the end of turn
         if 0 < self.max_new < least:
             raise ValueError(f"--max-new must be 0 or at least {least}, got {self.max_new}")
         if self.right_revision + self.copy > 1:
@@ -155,33 +176,76 @@ class Config:
             raise ValueError(
                 f"--iterations must be at most the steps of Stage II, got {self.iterations}"
             )
+        for option in ("checkpoint", "train", "test"):
+            if bool(getattr(self, option)) != (self.task in DATA):
+                raise ValueError(f"--{option} is for --task math and code, and needed there, "
+                                 f"got {getattr(self, option)!r}")  # fmt: skip
+        if self.task in DATA and not self.max_new:
+            raise ValueError("--max-new must be given for --task math and code, got 0")
         self.model()
 
     def lengths(self) -> tuple[int, int]:
-        """Return the most tokens of a prompt and of an answer as the base has read them."""
+        """Return the most tokens of a toy's prompt and of an answer as the base has read them."""
         if self.task == "countdown":
             return countdown.lengths(self.numbers, self.largest)
         return 2 * self.digits + 2, self.digits + 1
+
+    def format(self) -> Format:
+        """Return how problems and attempts are written in tokens."""
+        return format_of(self.task, Path(self.checkpoint) if self.checkpoint else None)
 
     def attempt_limit(self) -> int:
         """Return the most tokens of an attempt: by default the longest answer and its end."""
         return self.max_new or self.lengths()[1] + 1
 
     def model(self) -> GPTConfig:
-        """Return the sizes of the model, which must hold a prompt and ten attempts."""
+        """Return the sizes of the model; a toy's must hold a prompt and ten attempts."""
+        if self.checkpoint:
+            return config_from(Path(self.checkpoint))
         return GPTConfig(
-            encoding_of(self.task).n_vocab, self.n_layer, self.n_head, self.n_kv_head,
+            self.format().tokenizer.encoding.n_vocab, self.n_layer, self.n_head, self.n_kv_head,
             self.d_model, self.d_ff, rope_theta=self.rope_theta, qkv_bias=self.qkv_bias,
             max_positions=self.lengths()[0] + 10 * (self.attempt_limit() + 1),
         )  # fmt: skip
 
 
 def draw(c: Config, n: int, split: str, rng: np.random.Generator) -> list[verify.Problem]:
-    """Draw n problems of the run's task from one split."""
+    """Draw n problems of the run's task from one split; of files, each at most once, and all if a
+    report asks for more than there are."""
+    if c.task in DATA:
+        rows = given(c.task, c.train, c.test)[split]
+        if n > len(rows) and split == "train":
+            raise ValueError(f"--train {c.train}: a step needs {n} problems, it has {len(rows)}")
+        return [rows[i] for i in rng.permutation(len(rows))[:n]]
     if c.task == "countdown":
         drawn = countdown.problems(n, split, rng, c.numbers, c.largest, c.split_seed)
         return [verify.Problem(prompt, gold, "countdown") for prompt, gold in drawn]
     return verify.problems(n, split, rng, c.digits, c.split_seed)
+
+
+@functools.cache
+def given(task: str, train: str, test: str) -> dict[str, list[verify.Problem]]:
+    """Return the problems of files by split: of the first file every tenth is "dev", and what also
+    stands in the second is left out.
+
+    Raises:
+      ValueError: a file holds problems of another task, or is malformed.
+      OSError: a file cannot be read.
+    """
+    kind, files = {"math": "math", "code": "program"}[task], {}
+    for path in (train, test):
+        files[path] = verify.load(path)
+        others = {problem.kind for problem in files[path]} - {kind}
+        if others:
+            raise ValueError(f"{path} holds problems of kind {others.pop()}, not {kind}")
+    tested = {problem.prompt for problem in files[test]}
+    rows = [problem for problem in files[train] if problem.prompt not in tested]
+    dev = rows[::10]
+    return {
+        "train": [problem for i, problem in enumerate(rows) if i % 10],
+        "dev": dev,
+        "test": files[test],
+    }
 
 
 def draw_training(c: Config, n: int, rng: np.random.Generator) -> list[verify.Problem]:
@@ -193,7 +257,7 @@ def draw_training(c: Config, n: int, rng: np.random.Generator) -> list[verify.Pr
 
 
 def documents(c: Config, n: int, rng: np.random.Generator, clean: bool) -> list[tuple]:
-    """Draw n documents (prompt, draft, revision) of the run's task; `clean`: revised rightly."""
+    """Draw n documents (prompt, draft, revision) of a toy; `clean`: revised rightly."""
     shares = dict(
         forget=c.forget, lose=c.lose, right_revision=1.0 if clean else c.right_revision,
         copy=0.0 if clean else c.copy, split_seed=c.split_seed,
@@ -288,17 +352,18 @@ def parse(argv: list[str]) -> tuple[Config | None, Path, Path | None]:
     """Return a new run's settings, its folder and that of the run whose base it takes, if any;
     or None and the folder of a run to resume."""
     parser = argparse.ArgumentParser(
-        prog="score.py", usage=argparse.SUPPRESS, description="Train SCoRe on a toy.",
+        prog="score.py", usage=argparse.SUPPRESS, description="Train SCoRe.",
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument("--run", type=Path, help="folder to create (default: runs/METHOD-seedSEED)")
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run, and no more")
     parser.add_argument("--base", type=Path, metavar="RUN", help="start from the base of this run")
+    parser.add_argument("--preset", choices=("math", "mbpp"), help="the paper's settings")
     for f in fields(Config):
         option, low, high = "--" + f.name.replace("_", "-"), f.metadata["low"], f.metadata["high"]
         accepted = "" if low is None else f"; {low:.10g} to {high:.10g}"
-        for task, preset in PRESETS.items():
-            accepted += f"; {task}: {preset[f.name]}" if f.name in preset else ""
+        for name, preset in PRESETS.items():
+            accepted += f"; {name}: {preset[f.name]}" if f.name in preset else ""
         text = f"{f.metadata['help']} (default: {f.default}{accepted})"
         if f.type is bool:
             either = argparse.BooleanOptionalAction
@@ -306,12 +371,14 @@ def parse(argv: list[str]) -> tuple[Config | None, Path, Path | None]:
         else:
             parser.add_argument(option, type=f.type, choices=f.metadata["choices"], help=text)
     args = vars(parser.parse_args(argv))
-    folder, resume, base = (args.pop(name, None) for name in ("run", "resume", "base"))
+    folder, resume, base, preset = (
+        args.pop(name, None) for name in ("run", "resume", "base", "preset")
+    )
     if resume is not None:
-        if args or folder is not None or base is not None:
+        if args or folder is not None or base is not None or preset is not None:
             raise ValueError("--resume takes all settings from the run: give no other option")
         return None, resume, None
-    config = Config(**PRESETS.get(args.get("task"), {}) | args)
+    config = Config(**PRESETS.get(preset or args.get("task"), {}) | args)
     task = "" if config.task == "addition" else f"{config.task}-"
     return config, folder or Path("runs") / f"{task}{config.method}-seed{config.seed}", base
 
@@ -345,18 +412,24 @@ class Run:
     folder: Path
     policy: GPT
     base: GPT | None  # frozen; None until the base is trained
-    previous: GPT | None  # frozen: the policy as the phase before left it
+    previous: GPT | None  # frozen: the policy as the phase before left it, where it is needed
     optimizer: torch.optim.Optimizer
     best: dict | None  # weights of the best block
     problem_rng: np.random.Generator
     sampler: torch.Generator
     progress: Progress
+    clock: dict = field(default_factory=dict)  # what the step at hand took
 
 
 def new_run(c: Config, folder: Path) -> Run:
     """Return a run at its first step; nothing is written."""
     weights, problems, samples = np.random.SeedSequence(c.seed).generate_state(3, np.uint64)
-    policy = GPT(c.model(), seed=int(weights >> 1)).to(device(c.device))
+    if c.checkpoint:
+        policy = GPT.from_pretrained(Path(c.checkpoint))
+    else:
+        policy = GPT(c.model(), seed=int(weights >> 1))
+    policy = policy.to(device(c.device))
+    policy.recompute = c.recompute
     sampler = torch.Generator(c.device).manual_seed(int(samples >> 1))
     rng = np.random.default_rng(int(problems))
     return Run(
@@ -371,6 +444,21 @@ def new_run(c: Config, folder: Path) -> Run:
         sampler,
         Progress(beta2=c.beta2),
     )
+
+
+def computing(c: Config) -> torch.autocast:
+    """Return the context to compute in: of bfloat16 matrices, if the run says so."""
+    return torch.autocast(device(c.device).type, torch.bfloat16, enabled=c.dtype == "bfloat16")
+
+
+def frozen(policy: GPT, c: Config) -> GPT:
+    """Return a copy that is not trained, in the precision that is computed in."""
+    return copy.deepcopy(policy).requires_grad_(False).to(getattr(torch, c.dtype))
+
+
+def needs_previous(phase: Phase) -> bool:
+    """Return whether a phase has to do with the policy as the phase before left it."""
+    return phase.objective in ("star", "pair_sft", "stage1b")
 
 
 def device(name: str) -> torch.device:
@@ -433,7 +521,6 @@ def save_checkpoint(run: Run) -> None:
     """Write all that the next step depends on."""
     content = {
         "policy": run.policy.state_dict(),
-        "base": run.base and run.base.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "best": run.best,
         "problem_rng": json.dumps(run.problem_rng.bit_generator.state),
@@ -486,8 +573,8 @@ def take_base(run: Run, folder: Path) -> dict:
         run.problem_rng.bit_generator.state = json.loads(content["problem_rng"])
     except (KeyError, RuntimeError, TypeError):
         raise ValueError(f"{folder / 'base.pt'} does not fit {folder / 'config.json'}") from None
-    run.base = run.previous = copy.deepcopy(run.policy).requires_grad_(False)
-    run.progress.phase = 1
+    run.base, run.progress.phase = frozen(run.policy, run.config), 1
+    run.previous = run.base if needs_previous(schedule(run.config)[1]) else None
     return content
 
 
@@ -547,9 +634,6 @@ def restore(folder: Path) -> Run:
     content = load(path)
     try:
         run.policy.load_state_dict(content["policy"])
-        if content["base"] is not None:
-            run.base = copy.deepcopy(run.policy).requires_grad_(False)
-            run.base.load_state_dict(content["base"])
         run.optimizer.load_state_dict(content["optimizer"])
         run.best = content["best"]
         run.problem_rng.bit_generator.state = json.loads(content["problem_rng"])
@@ -557,7 +641,9 @@ def restore(folder: Path) -> Run:
         run.progress = Progress(**content["progress"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         raise ValueError(f"{path} does not fit {folder / 'config.json'}") from None
-    if run.progress.phase > 0:
-        before = schedule(config)[run.progress.phase - 1]
-        run.previous = read_phase(folder, before, config)[0].requires_grad_(False)
+    done, phases = run.progress.phase, schedule(config)
+    if done:
+        run.base = frozen(read_phase(folder, phases[0], config)[0], config)
+        if done < len(phases) and needs_previous(phases[done]):
+            run.previous = frozen(read_phase(folder, phases[done - 1], config)[0], config)
     return run

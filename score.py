@@ -24,11 +24,14 @@ and KLs are in nats. Functions return one value a row; the training loop takes t
 import copy
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,20 +39,34 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from chat import END, REVISE, encode, encoding_of
+from chat import prompt
 from model import GPT
-from rollout import Rollout, grade, lay_out, read_documents, rollout, token_law, written
+from rollout import (
+    Rollout,
+    concatenate,
+    grade,
+    lay_out,
+    read_documents,
+    read_solutions,
+    rollout,
+    token_law,
+    written,
+)
 from run import (
     BLOCK,
+    DATA,
     SUPERVISED,
     Config,
     Phase,
     Progress,
     Run,
+    computing,
     create,
     documents,
     draw,
     draw_training,
+    frozen,
+    needs_previous,
     new_optimizer,
     parse,
     restore,
@@ -255,22 +272,40 @@ def own_mask1(r: Rollout):
 
 
 def sft_step(run: Run) -> dict:
-    """Take one supervised step on fresh documents; return what is logged."""
+    """Take one supervised step on fresh documents, or worked answers; return what is logged."""
     c = run.config
+    if c.task in DATA:
+        r = read_solutions(draw(c, c.sft_batch, "train", run.problem_rng), c.format(), c.device)
+        return imitate(run, [(r, r.mask1_BS)], 1.0)
     clean = run.progress.step < c.clean * c.sft_steps  # it learns to check before it gets careless
     drawn, places = documents(c, c.sft_batch, run.problem_rng, clean), c.base_attempts - 1
-    loss, tokens = 0.0, 0
+    parts = []
     for i in range(places):  # a later revision stands behind i more copies of the draft, as context
-        part = [(x, *[draft] * (i + 1), revision) for x, draft, revision in drawn[i::places]]
-        r = read_documents(part, c.device, c.task)
-        mask_BS = r.mask1_BS | (r.turn_BS == i + 2)
-        logp_BS = token_logp(run.policy, r, 1.0)
-        loss, tokens = loss + loss_sft(logp_BS, mask_BS).sum(), tokens + mask_BS.sum()
-    loss = loss / tokens
+        rows = [(x, *[draft] * (i + 1), revision) for x, draft, revision in drawn[i::places]]
+        r = read_documents(rows, c.device, c.task)
+        parts.append((r, r.mask1_BS | (r.turn_BS == i + 2)))
+    return imitate(run, parts, 1.0)
+
+
+def imitate(run: Run, parts: list[tuple[Rollout, torch.Tensor]], temperature: float) -> dict:
+    """Take a step that raises the likelihood of the masked tokens, each counting the same."""
+    c, total = run.config, 0.0
+    tokens = sum(mask_BS.sum() for _, mask_BS in parts)
     run.optimizer.zero_grad()
-    loss.backward()
-    grad_norm = descend(run)
-    return {"loss": loss.item(), "grad_norm": grad_norm}
+    for r, mask_BS in parts:
+        for at in slices(len(r.ids_BT), c.micro_batch):
+            part = r.rows(at)
+            with computing(c):
+                logp_BS = token_logp(run.policy, part, temperature, c.chunk)
+            loss = loss_sft(logp_BS, mask_BS[at, : logp_BS.shape[1]]).sum() / tokens
+            loss.backward()
+            total += loss.item()
+    return {"loss": total, "grad_norm": descend(run)}
+
+
+def slices(n: int, size: int) -> list[slice]:
+    """Return n rows in slices of a size, the last maybe shorter; 0: all in one."""
+    return [slice(at, at + (size or n)) for at in range(0, n, size or n)]
 
 
 def descend(run: Run) -> float:
@@ -281,32 +316,45 @@ def descend(run: Run) -> float:
     return norm.item()
 
 
-def sample(model: GPT, c: Config, problems, generator, temperature, **more) -> Rollout:
-    """Sample two attempts at each problem (`more`: attempts, author1, offline1_B of `rollout`)."""
-    encoding = encoding_of(c.task)
-    return rollout(
-        model, [encode(encoding, problem.prompt) for problem in problems], encode(encoding, REVISE),
-        max_new=c.attempt_limit(), end_id=encode(encoding, END)[0], generator=generator,
-        temperature=temperature, **more,
-    )  # fmt: skip
+def sample(
+    model: GPT, c: Config, problems, generator, temperature, group=1, offline1_B=None, **more
+) -> Rollout:
+    """Sample attempts at each problem, `group` rows each (`more`: attempts, author1)."""
+    format, parts = c.format(), []
+    prompts = [prompt(format, problem) for problem in problems]
+    for at in slices(len(prompts), c.sample_batch // group):
+        rows = slice(at.start * group, at.stop * group)
+        with computing(c):
+            part = rollout(
+                model, prompts[at], format.instruction, max_new=c.attempt_limit(),
+                end_id=format.end_id, generator=generator, temperature=temperature,
+                compact=True, group=group,
+                offline1_B=None if offline1_B is None else offline1_B[rows], **more,
+            )  # fmt: skip
+        parts.append(part)
+    return concatenate(parts)
 
 
 def check_sampler(policy: GPT, c: Config) -> None:
-    """Hold the sampler's log-probabilities against the trainer's, on 64 problems.
+    """Hold the sampler's log-probabilities against the trainer's, on a few problems.
 
-    In float64, where both agree to rounding whatever the weights. (The gap of the float32 training
-    samples, a few 1e-5 at worst where the policy is sharp, is in the log of every step.)
+    A toy's in float64, where both agree to rounding whatever the weights; a checkpoint's in
+    float32, without a copy. (The gap of the training samples, in float32 a few 1e-5 at worst where
+    the policy is sharp, is in the log of every step.)
 
     Raises:
-      RuntimeError: they differ by more than 1e-5 nats at some token.
+      RuntimeError: they differ by more than 1e-5 nats at some token (float32: 1e-3).
     """
-    policy = copy.deepcopy(policy).double()
-    problems = draw(c, 64, "train", np.random.default_rng(0))
+    n, limit = (8, 1e-3) if c.checkpoint else (64, 1e-5)
+    if not c.checkpoint:
+        policy = copy.deepcopy(policy).double()
+    c = replace(c, dtype="float32")
+    problems = draw(c, n, "train", np.random.default_rng(0))
     generator = torch.Generator(c.device).manual_seed(0)
     r = sample(policy, c, problems, generator, c.temperature)
     with torch.no_grad():
-        gap = sampler_gap(score_terms(policy, policy, r, c.temperature, c.kl)[0], r)
-    if not gap <= 1e-5:  # also if it is not a number
+        gap = sampler_gap(score_terms(policy, policy, r, c.temperature, c.kl, c.chunk)[0], r)
+    if not gap <= limit:  # also if it is not a number
         raise RuntimeError(f"sampler and trainer disagree by {gap:.1e} nats about a token")
 
 
@@ -324,8 +372,14 @@ def collect(run: Run, author: GPT, **more) -> tuple[Rollout, list, list[torch.Te
     c = run.config
     drawn = draw_training(c, c.batch // c.group, run.problem_rng)
     problems = [problem for problem in drawn for _ in range(c.group)]
-    r = sample(author, c, problems, run.sampler, c.temperature, **more)
-    rewards = grade(r, problems)
+    start = time.monotonic()
+    r = sample(author, c, drawn, run.sampler, c.temperature, c.group, **more)
+    sampled = time.monotonic()
+    rewards = grade(r, problems, c.format(), tally := Counter())
+    run.clock |= dict(
+        sampling_s=sampled - start, judging_s=time.monotonic() - sampled, episodes=len(problems),
+        tokens=int((r.turn_BS > 0).sum()), timeouts=tally["timeout"],
+    )  # fmt: skip
     keep_B = all_judged(sum(rewards), c.group)
     judged = [problems[i] for i in keep_B.nonzero()[:, 0].tolist()]
     return r.rows(keep_B), judged, [x[keep_B] for x in rewards], 1 - len(judged) / c.batch
@@ -349,12 +403,11 @@ def rl_step(run: Run, phase: Phase) -> dict:
     anchor = run.previous if phase.objective == "stage1b" else run.base
 
     run.optimizer.zero_grad()
-    rows = c.micro_batch or c.batch
     kl, gap = torch.zeros(phase.attempts, dtype=torch.float64), 0.0
-    for start in range(0, B, rows):
-        at = slice(start, start + rows)
+    for at in slices(B, c.micro_batch):
         part = r.rows(at)
-        logp_BS, *kls = score_terms(run.policy, anchor, part, c.temperature, c.kl)
+        with computing(c):
+            logp_BS, *kls = score_terms(run.policy, anchor, part, c.temperature, c.kl, c.chunk)
         loss_B = loss_of(phase, c, p.beta2, part, logp_BS, kls, [x[at] for x in rewards])
         (loss_B.sum() / B).backward()
         gap = max(gap, sampler_gap(logp_BS.detach(), part))
@@ -394,14 +447,18 @@ def loss_of(phase: Phase, c: Config, beta2: float, r: Rollout, logp_BS, kls, rew
 
 def summary(r: Rollout, rewards: list[torch.Tensor]) -> dict:
     """Return what is logged of sampled attempts; accuracies of the rows whose first attempt is the
-    sampled policy's own, if there are any."""
+    sampled policy's own, if there are any; entropies in nats a token, estimated by the samples."""
     of_B = ~r.offline1_B if not r.offline1_B.all() else r.offline1_B
     acc_t1, acc_t2 = (x[of_B].mean().item() for x in rewards[:2])
     changed = [a != b for a, b in zip(written(r, 1), written(r, 2), strict=True)]
     cut1, cut2 = r.truncated_BK[:, :2].float().mean(dim=0).tolist()
+    entropy1, entropy2 = (
+        -r.logp_BS[mask_BS].mean().item() if mask_BS.any() else 0.0
+        for mask_BS in (r.mask1_BS, r.mask2_BS)
+    )
     return dict(
         acc_t1=acc_t1, acc_t2=acc_t2, delta=acc_t2 - acc_t1, changed=sum(changed) / len(changed),
-        truncated1=cut1, truncated2=cut2,
+        truncated1=cut1, truncated2=cut2, entropy1=entropy1, entropy2=entropy2,
     )  # fmt: skip
 
 
@@ -422,15 +479,11 @@ def imitate_step(run: Run, phase: Phase) -> dict:
     log = summary(r, rewards) | dict(dropped=dropped, examples=len(examples) / c.batch)
     if not examples:
         return log | dict(loss=None, grad_norm=0.0)
-    encoding, written1 = encoding_of(c.task), written(r, 1)
-    prompts = [encode(encoding, problems[b].prompt) for b, _ in examples]
+    format, written1 = c.format(), written(r, 1)
+    prompts = [prompt(format, problems[b]) for b, _ in examples]
     firsts, seconds = [written1[b] for b, _ in examples], [second for _, second in examples]
-    rows = lay_out(prompts, [firsts, seconds], encode(encoding, REVISE), c.device)
-    logp_BS = token_logp(run.policy, rows, c.temperature)
-    loss = loss_sft(logp_BS, rows.mask2_BS).sum() / rows.mask2_BS.sum()
-    run.optimizer.zero_grad()
-    loss.backward()
-    return log | dict(loss=loss.item(), grad_norm=descend(run))
+    rows = lay_out(prompts, [firsts, seconds], format.instruction, c.device)
+    return log | imitate(run, [(rows, rows.mask2_BS)], c.temperature)
 
 
 def traces(r: Rollout, reward1_B, reward2_B, plus: bool) -> list[tuple[int, list[int]]]:
@@ -518,8 +571,10 @@ def train_phase(run: Run, phase: Phase, log: BinaryIO, stop: threading.Event) ->
     while p.step < phase.steps and not enough(run, phase):
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(c, phase, p.step)
+        started = time.monotonic()
         row = step(run, phase)
         p.step += 1
+        note_speed(run, phase, time.monotonic() - started)
         if phase.objective not in SUPERVISED:
             judge_block(run, phase, row)
         line = json.dumps({"phase": phase.name, "step": p.step, **row}) + "\n"
@@ -580,7 +635,7 @@ def judge_block(run: Run, phase: Phase, row: dict) -> None:
     p.last_delta = delta
     if phase.name == run.config.method and (p.best_reward is None or reward > p.best_reward):
         p.best_reward, p.best_step = reward, p.step
-        run.best = copy.deepcopy(run.policy.state_dict())
+        run.best = {name: x.detach().cpu().clone() for name, x in run.policy.state_dict().items()}
 
 
 def enough(run: Run, phase: Phase) -> bool:
@@ -604,14 +659,32 @@ def finish_phase(run: Run, phase: Phase) -> None:
     )
     content["problem_rng"] = json.dumps(run.problem_rng.bit_generator.state)  # for --base
     save(content, run.folder / f"{phase.name}.pt")
-    run.previous = copy.deepcopy(run.policy).requires_grad_(False)
     if phase.objective == "sft":
-        run.base = run.previous
+        run.base = frozen(run.policy, c)
     later = schedule(c)[p.phase + 1 :]
+    run.previous = frozen(run.policy, c) if later and needs_previous(later[0]) else None
     if not (later and later[0].continues):
         run.optimizer = new_optimizer(run.policy)
     run.best = None
     run.progress = Progress(phase=p.phase + 1, beta2=p.beta2, log_bytes=p.log_bytes)
+
+
+def note_speed(run: Run, phase: Phase, seconds: float) -> None:
+    """Add a line to speed.jsonl: what a step took. It is kept apart from log.jsonl, which is the
+    same whenever the run is, and is not cut back when a run goes on from a checkpoint."""
+    row = dict(phase=phase.name, step=run.progress.step, seconds=seconds) | run.clock
+    if "tokens" in row:
+        row |= dict(
+            sampled_tokens_per_s=row["tokens"] / row["sampling_s"],
+            episodes_per_s=row["episodes"] / seconds,
+        )
+    if run.policy.embed.weight.is_cuda:
+        row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    else:
+        row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    run.clock = {}
+    with open(run.folder / "speed.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 RL_COST = 4.0  # seconds of a reinforcement step for one of a supervised step, before it is measured
@@ -629,8 +702,9 @@ def show_progress(run: Run, phase: Phase, row: dict, pace: float) -> None:
     left *= pace / cost(phase)
     line = f"{phase.name:>10} {p.step:>5}/{phase.steps}  "
     if phase.objective == "sft":
-        kind = "right" if p.step <= c.clean * c.sft_steps else "mixed"
-        line += f"loss {row['loss']:.4f} on {kind} revisions" + 29 * " "
+        kind = "right revisions" if p.step <= c.clean * c.sft_steps else "mixed revisions"
+        kind = "worked answers" if c.task in DATA else kind
+        line += f"loss {row['loss']:.4f} on {kind:<44}"
     elif phase.objective in SUPERVISED:
         line += (
             f"author's t1 {100 * row['acc_t1']:5.1f} %  t2 {100 * row['acc_t2']:5.1f} %  "

@@ -30,11 +30,22 @@ import numpy as np
 import torch
 
 import verify
-from chat import END, REVISE, encoding_of
+from chat import END, REVISE, Format, format_of
 from eval import edit_ratio, metrics, report
 from model import GPT
 from rollout import Rollout, grade, texts
-from run import Config, create, draw, parse, read_about, read_phase, restore, schedule, write_json
+from run import (
+    TOYS,
+    Config,
+    create,
+    draw,
+    parse,
+    read_about,
+    read_phase,
+    restore,
+    schedule,
+    write_json,
+)
 from score import sample, train
 
 # --- what is compared -----------------------------------------------------------------------------
@@ -106,13 +117,18 @@ def jobs(names, seeds, runs: Path, rates=(None,), **options) -> list[Job]:
 # --- what is measured -----------------------------------------------------------------------------
 
 
+def toy(problems: list[verify.Problem]) -> Format:
+    """Return how problems of a toy are written."""
+    return format_of("countdown" if problems[0].kind == "countdown" else "addition")
+
+
 def after(problems: list[verify.Problem], r: Rollout) -> list[verify.Problem]:
     """Return problems whose prompt has gone on to where the next attempt begins: `x1 y1 p1`.
 
     Through text and back, which is exact here: the toys' tokens are single characters.
     """
     said = zip(
-        texts(r, 1, encoding_of(problems[0].kind)),
+        texts(r, 1, toy(problems)),
         r.truncated_BK[:, 0].tolist(),
         problems,
         strict=True,
@@ -124,7 +140,7 @@ def after(problems: list[verify.Problem], r: Rollout) -> list[verify.Problem]:
 
 def right(r: Rollout, problems) -> list[np.ndarray]:
     """Return which attempts are right: bool [N] for each turn."""
-    return [(reward_N == 1).cpu().numpy() for reward_N in grade(r, problems)]
+    return [(reward_N == 1).cpu().numpy() for reward_N in grade(r, problems, toy(problems))]
 
 
 def say(model: GPT, c: Config, problems, temperature: float, seed: int, attempts=1) -> Rollout:
@@ -202,7 +218,7 @@ def votes(model: GPT, c: Config, problems, most: int = 32, temperature: float = 
 
 def ended(r: Rollout, turn: int, problems) -> list[str | None]:
     """Return each row's attempt as text, None where it was cut."""
-    rows = zip(texts(r, turn, encoding_of(problems[0].kind)), r.truncated_BK[:, turn - 1].tolist(),
+    rows = zip(texts(r, turn, toy(problems)), r.truncated_BK[:, turn - 1].tolist(),
                strict=True)  # fmt: skip
     return [None if cut else text for text, cut in rows]
 
@@ -248,7 +264,7 @@ def by_length(model: GPT, c: Config, n: int) -> dict:
 def edits(model: GPT, c: Config, problems, temperature: float) -> list[int]:
     """Return counts of the edit distance ratio of both attempts, in 20 bins from 0 to 1."""
     r = say(model, c, problems, temperature, 0, attempts=2)
-    first, second = (texts(r, turn, encoding_of(c.task)) for turn in (1, 2))
+    first, second = (texts(r, turn, c.format()) for turn in (1, 2))
     ratios = [edit_ratio(a, b) for a, b in zip(first, second, strict=True)]
     return np.histogram(ratios, bins=20, range=(0, 1))[0].tolist()
 
@@ -466,6 +482,9 @@ def main(argv: list[str]) -> int:
             if any(word.split("=")[0] == option for word in rest):
                 raise ValueError(f"{option} is not for a study, which sets it: see --help")
         given = asdict(parse(rest)[0])
+        if given["task"] not in TOYS:
+            raise ValueError(f"--task must be one of {', '.join(TOYS)} in a study, "
+                             f"got {given['task']}")  # fmt: skip
         if given["eval_n"] < 4:
             raise ValueError(f"--eval-n must be at least 4 in a study, got {given['eval_n']}")
         args.runs = args.runs or Path("runs") / f"study-{given['task']}"

@@ -621,8 +621,7 @@ def problem_of(row: dict) -> Problem:
         if not isinstance(lines, list) or not lines or not all(isinstance(x, str) for x in lines):
             raise ValueError(f"field 'test_list' must be a list of texts, got {lines!r:.50}")
         tests = "\n".join([line for line in setup if line] + lines)
-        # the first test shows how the function is called; it names no other
-        prompt = f"{text('text' if 'text' in row else 'prompt')}\n\n{lines[0]}"
+        prompt = text("text" if "text" in row else "prompt")
         return Problem(prompt, tests, "program", solution=fenced(row.get("code")))
     raise ValueError(
         "none of the fields 'problem', 'question', 'entry_point', 'test_list' is there"

@@ -682,7 +682,7 @@ ROWS = [
             "challenge_test_list": [],
         },
         (
-            "Add.\n\nassert a(1) == 1",
+            "Add.",
             "import math\nassert a(1) == 1\nassert a(2) == 2", "program", "",
             "```python\ndef a(x):\n    return x\n```",
         ),
@@ -694,7 +694,7 @@ ROWS = [
             "test_imports": ["import math"],
             "test_list": ["assert a(1)"],
         },
-        ("Add.\n\nassert a(1)", "import math\nassert a(1)", "program", "", ""),
+        ("Add.", "import math\nassert a(1)", "program", "", ""),
     ),
 ]  # fmt: skip
 

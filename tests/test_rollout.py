@@ -304,9 +304,8 @@ def test_attempts_are_read_back_without_their_end_of_turn():
     cut = torch.tensor([[False, False], [True, False]])
     r = rollout.Rollout(ids, torch.tensor([8, 7]), turn, torch.zeros(2, 7), cut, cut[:, 1])
     assert rollout.written(r, 1) == [[4, 2, 12], [4, 2, 3]]
-    assert rollout.texts(r, 1, chat.toy_encoding()) == ["42", "423"] and rollout.texts(
-        r, 2, chat.toy_encoding()
-    ) == ["7", ""]
+    toy = chat.format_of("addition")
+    assert rollout.texts(r, 1, toy) == ["42", "423"] and rollout.texts(r, 2, toy) == ["7", ""]
 
 
 @settings(max_examples=10)

@@ -38,10 +38,13 @@ def prepared(monkeypatch, tmp_path, config=CONFIG):
     real = rollout.rollout
 
     def watched(model, prompts, *args, **law):
-        seen.update(model=model, prompts=prompts, **law, r=real(model, prompts, *args, **law))
-        return seen["r"]
+        r = real(model, prompts, *args, **law)
+        of_rows = [x for x in prompts for _ in range(law["group"])]
+        assert [row[: len(x)].tolist() for row, x in zip(r.ids_BT, of_rows, strict=True)] == of_rows
+        seen.update(model=model, prompts=of_rows, **law, r=r)
+        return r
 
-    def graded(r, problems):
+    def graded(r, problems, *_):
         seen.update(problems=problems)
         return [x.clone() for x in REWARDS[: r.truncated_BK.shape[1]]]
 
@@ -143,6 +146,7 @@ def said(ids):
     return "".join(str(token) for token in ids if token != END_ID)
 
 
+TOY = chat.format_of("addition")
 END_ID = chat.encode(chat.toy_encoding(), chat.END)[0]
 
 
@@ -206,7 +210,7 @@ def test_imitation_learns_the_second_attempts_of_the_phase_before(monkeypatch, t
 
 def test_nothing_to_imitate_changes_nothing(monkeypatch, tmp_path):
     run, _ = prepared(monkeypatch, tmp_path)
-    monkeypatch.setattr(score, "grade", lambda r, problems: [torch.zeros(12), torch.zeros(12)])
+    monkeypatch.setattr(score, "grade", lambda r, problems, *_: [torch.zeros(12), torch.zeros(12)])
     before = copy.deepcopy(run.policy.state_dict())
     for objective in ("star", "pair_sft"):
         log = score.imitate_step(run, runs.Phase("x", objective, 5, plus=True))
@@ -311,19 +315,16 @@ def test_truncated_attempts_are_not_paid():
     """Each row's first or second attempt is cut after digits that are right: "02", no end."""
     problems = [verify.Problem("1+1=", "2")] * 3
     r = fake_rollout(["02", "0", "2"], ["3", "2", "0"], [False, False, False])
-    assert [x.tolist() for x in rollout.grade(r, problems)] == [[1, 0, 1], [0, 1, 0]]
+    assert [x.tolist() for x in rollout.grade(r, problems, TOY)] == [[1, 0, 1], [0, 1, 0]]
     r.truncated_BK[1, 0] = r.truncated_BK[2, 1] = True
     r.ids_BT[r.ids_BT == chat.encode(chat.toy_encoding(), chat.END)[0]] = 2
-    assert (
-        rollout.texts(r, 1, chat.toy_encoding())[1] == "02"
-        and rollout.texts(r, 2, chat.toy_encoding())[2] == "02"
-    )
-    assert [x.tolist() for x in rollout.grade(r, problems)] == [[1, 0, 1], [0, 1, 0]]
+    assert rollout.texts(r, 1, TOY)[1] == "02" and rollout.texts(r, 2, TOY)[2] == "02"
+    assert [x.tolist() for x in rollout.grade(r, problems, TOY)] == [[1, 0, 1], [0, 1, 0]]
 
 
 def test_a_verifier_that_fails_gives_no_reward():
     r, problems = fake_rollout(["2"], ["2"], [False]), [verify.Problem("1+1=", "two")]
-    assert all(math.isnan(x.item()) for x in rollout.grade(r, problems))
+    assert all(math.isnan(x.item()) for x in rollout.grade(r, problems, TOY))
 
 
 @pytest.mark.parametrize("micro_batch", [0, 3])
@@ -338,8 +339,8 @@ def test_problems_without_a_verdict_are_left_out_whole(
     run, seen = prepared(monkeypatch, tmp_path, config)
     real = score.grade
 
-    def failing(r, problems):
-        rewards = real(r, problems)
+    def failing(r, problems, *more):
+        rewards = real(r, problems, *more)
         rewards[turn - 1][4] = float("nan")
         return rewards
 
@@ -361,7 +362,7 @@ def test_problems_without_a_verdict_are_left_out_whole(
 def test_a_batch_whose_own_attempts_got_no_verdict_stops_the_run(monkeypatch, tmp_path):
     run, _ = prepared(monkeypatch, tmp_path, replace(CONFIG, offline=0.5))
     rewards = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 1.0] + [float("nan")] * 6)
-    monkeypatch.setattr(score, "grade", lambda r, problems: [rewards, rewards])
+    monkeypatch.setattr(score, "grade", lambda r, problems, *_: [rewards, rewards])
     with pytest.raises(RuntimeError, match="no verdict"):
         score.rl_step(run, runs.Phase("x", "stage2", 5, alpha=1.0))
 
@@ -369,7 +370,7 @@ def test_a_batch_whose_own_attempts_got_no_verdict_stops_the_run(monkeypatch, tm
 def test_a_batch_without_any_verdict_stops_the_run(monkeypatch, tmp_path):
     run, _ = prepared(monkeypatch, tmp_path)
     nothing = torch.full((12,), float("nan"))
-    monkeypatch.setattr(score, "grade", lambda r, problems: [nothing, nothing])
+    monkeypatch.setattr(score, "grade", lambda r, problems, *_: [nothing, nothing])
     with pytest.raises(RuntimeError, match="no verdict"):
         score.rl_step(run, runs.Phase("x", "stage1", 5))
 
@@ -402,8 +403,8 @@ def test_problems_without_a_verdict_are_counted_and_not_measured(monkeypatch):
     monkeypatch.setattr(evaluation, "sample", lambda *_: r)
     for turn in (0, 1):
 
-        def one_fails(r, problems, turn=turn):
-            rewards = rollout.grade(r, problems)
+        def one_fails(r, problems, format, turn=turn):
+            rewards = rollout.grade(r, problems, format)
             rewards[turn][2] = float("nan")
             return rewards
 

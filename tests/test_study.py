@@ -194,7 +194,7 @@ PROBLEMS = [verify.Problem("1+1=", "2"), verify.Problem("2+3=", "5")]
 
 
 def words(r, turn):
-    return rollout.texts(r, turn, chat.toy_encoding())
+    return rollout.texts(r, turn, chat.format_of("addition"))
 
 
 def spoken(firsts, seconds=None, cut=False):
