@@ -326,6 +326,8 @@ class GPT(nn.Module):
     def from_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32) -> "GPT":
         """Return the model in a local Hugging Face folder, on the CPU, with weights of `dtype`.
 
+        The rotary tables are float32 whatever the dtype; a later `.to(dtype)` would round them too.
+
         Raises:
           ValueError: one line that names what is missing, damaged, or of another shape or kind.
         """
