@@ -452,8 +452,11 @@ def computing(c: Config) -> torch.autocast:
 
 
 def frozen(policy: GPT, c: Config) -> GPT:
-    """Return a copy that is not trained, in the precision that is computed in."""
-    return copy.deepcopy(policy).requires_grad_(False).to(getattr(torch, c.dtype))
+    """Return a copy that is not trained, its weights in the precision that is computed in."""
+    model = copy.deepcopy(policy).requires_grad_(False)
+    for weight in model.parameters():  # not the rotary tables, which are no weights
+        weight.data = weight.data.to(getattr(torch, c.dtype))
+    return model
 
 
 def needs_previous(phase: Phase) -> bool:
@@ -534,6 +537,12 @@ def create(c: Config, folder: Path, base: Path | None = None) -> Run:
     """Start a run in a folder that must not exist yet, if asked with the base of another run."""
     run = new_run(c, folder)
     draw(c, c.eval_n, "test", np.random.default_rng(0))
+    draw_training(c, c.batch // c.group, np.random.default_rng(0))
+    if c.task in DATA and c.sft_steps:
+        rows = draw(c, c.sft_batch, "train", np.random.default_rng(0))
+        if not all(problem.solution for problem in rows):
+            raise ValueError(f"--train {c.train} has problems without a worked answer to imitate: "
+                             f"--sft-steps must be 0, got {c.sft_steps}")  # fmt: skip
     if folder.exists():
         raise ValueError(
             f"{folder} exists and is left alone: continue it with --resume {folder}, "

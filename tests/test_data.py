@@ -1,0 +1,238 @@
+"""From an open checkpoint and files of problems to a report: the whole way, at a tiny size."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from truth import ROOT
+
+import chat
+import run as runs
+import score
+from model import GPT
+
+DATA = ROOT.parent / "shared" / "data"
+GSM8K = [
+    {"question": f"Ann has {a} pens and buys {b} more. How many has she?",
+     "answer": f"She has {a}+{b}=<<{a}+{b}={a + b}>>{a + b} pens.\n#### {a + b}"}
+    for a in range(2, 9) for b in range(2, 9)
+]  # fmt: skip
+MBPP = [
+    {"text": f"Write a function to add {k} to a number.",
+     "code": f"def add_{k}(x):\r\n    return x + {k}",
+     "test_list": [f"assert add_{k}(1) == {k + 1}", f"assert add_{k}(5) == {k + 5}"]}
+    for k in range(40)
+]  # fmt: skip
+HUMANEVAL = [
+    {"prompt": f"def times_{k}(x):\n    \"\"\"Return {k} times x.\"\"\"\n",
+     "entry_point": f"times_{k}",
+     "canonical_solution": f"    return {k} * x\n",
+     "test": f"def check(candidate):\n    assert candidate(2) == {2 * k}\n"}
+    for k in range(12)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Return the folder of a Qwen2 model with random weights and a small tokenizer of its kind."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, trainers
+    from tokenizers import pre_tokenizers as cut
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("qwen2")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer, tokenizer.decoder = normalizers.NFC(), decoders.ByteLevel()
+    split = cut.Split(Regex(chat.QWEN2), "isolated", invert=False)
+    bytes_only = cut.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = cut.Sequence([split, bytes_only])
+    texts = [row["question"] + row["answer"] for row in GSM8K] + [row["code"] for row in MBPP]
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=400, initial_alphabet=cut.ByteLevel.alphabet(), show_progress=False
+        ),
+    )
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=416, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+        tie_word_embeddings=True, rope_theta=1e6,
+    )).save_pretrained(folder)  # fmt: skip
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def rows_of(folder: Path, kind: str) -> dict[str, str]:
+    """Return files of a data set: the published rows where they are, else a few of our own."""
+    theirs = {"math": ("gsm8k/train.jsonl", "gsm8k/test.jsonl"),
+              "mbpp": ("mbpp/mbpp.jsonl", "humaneval/HumanEval.jsonl.gz")}[kind]  # fmt: skip
+    if DATA.exists():
+        return dict(zip(("train", "test"), (str(DATA / name) for name in theirs), strict=True))
+    files = {"train": GSM8K[:40] if kind == "math" else MBPP,
+             "test": GSM8K[40:] if kind == "math" else HUMANEVAL}  # fmt: skip
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {name: str(folder / f"{name}.jsonl") for name in files}
+
+
+SMALL = dict(
+    dtype="float32", sft_steps=6, sft_batch=8, sft_lr=1e-2, stage1_steps=2, stage2_steps=2,
+    batch=8, group=2, micro_batch=4, sample_batch=4, max_new=24, eval_n=6, chunk=64, save_every=2,
+)  # fmt: skip
+
+
+def words(settings: dict) -> list[str]:
+    return [
+        x for key, value in settings.items() for x in (f"--{key.replace('_', '-')}", str(value))
+    ]
+
+
+@pytest.mark.parametrize("preset", ["math", "mbpp"])
+def test_a_preset_goes_from_checkpoint_to_report(tmp_path, checkpoint, preset):
+    """SFT on worked answers, Stage I, Stage II, table; then again from the weights, in one line."""
+    files = rows_of(tmp_path, preset)
+    command = [sys.executable, ROOT / "score.py", "--preset", preset, "--checkpoint", checkpoint]
+    command += [*words(files), *words(SMALL), "--run", tmp_path / "run"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"base +6/6 .*worked answers", done.stdout)
+    assert re.search(r"\| SCoRe \|", done.stdout) and "6 held-out problems (test)" in done.stdout
+
+    log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [row["phase"] for row in log] == ["base"] * 6 + ["stage1"] * 2 + ["score"] * 2
+    assert log[5]["loss"] < log[0]["loss"] - 0.1  # it learns to answer
+    for row in log[6:]:
+        assert row["gap"] < 1e-3 and 0 <= row["truncated1"] <= 1 and row["dropped"] == 0
+        assert 1 < row["entropy1"] < 7 and 1 < row["entropy2"] < 7
+    assert abs(log[6]["kl1"]) < 1e-5  # the policy is still the base
+    speed = [json.loads(line) for line in (tmp_path / "run/speed.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in speed] == [row["step"] for row in log]
+    keys = ("seconds", "sampled_tokens_per_s", "episodes_per_s", "timeouts", "peak_mib")
+    assert all(row[key] >= 0 for row in speed[6:] for key in keys)
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["n"] == 6 and list(report["phases"]) == ["base", "stage1", "score"]
+    paper = {"math": (5e-6, 0.1), "mbpp": (1e-5, 0.25)}[preset]
+    assert (report["config"]["lr"], report["config"]["beta2"]) == paper
+    assert report["phases"]["score"]["truncated_t1"] >= 0
+
+    c, _ = runs.read_about(tmp_path / "run")
+    model, _ = runs.read_phase(tmp_path / "run", runs.schedule(c)[-1], c)
+    model.save_pretrained(tmp_path / "open", source=checkpoint)
+    again = GPT.from_pretrained(tmp_path / "open").state_dict()
+    assert all(torch.equal(x, again[name]) for name, x in model.state_dict().items())
+    assert (tmp_path / "open/tokenizer.json").is_file()
+
+
+def settings(folder, checkpoint, **changes) -> runs.Config:
+    files = rows_of(folder, "math")
+    preset = runs.PRESETS["math"] | SMALL | files | dict(checkpoint=str(checkpoint))
+    return runs.Config(**preset | changes)
+
+
+def test_a_rollout_is_the_conversation_and_its_masks_are_the_attempts(tmp_path, checkpoint):
+    from transformers import PreTrainedTokenizerFast
+
+    c = settings(tmp_path, checkpoint)
+    policy, problems = (
+        GPT.from_pretrained(checkpoint),
+        runs.draw(c, 3, "train", np.random.default_rng(0)),
+    )
+    with torch.no_grad():  # some attempts end
+        policy.embed.weight[c.format().end_id] *= 3
+    r = score.sample(policy, c, problems, torch.Generator().manual_seed(1), 1.0, group=2)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(checkpoint / "tokenizer.json"))
+    start = "<|im_start|>assistant\n"
+    for b, row in enumerate(r.ids_BT):
+        text = theirs.decode(row[: int(r.length_B[b])])
+        head, first, second = text.split(start)
+        assert problems[b // 2].prompt in head and head.startswith("<|im_start|>system\n")
+        assert "<|im_start|>user\n" in first and "may or may not" in first
+        for turn, part in ((1, first.split("<|im_start|>user")[0].removesuffix("\n")), (2, second)):
+            said = theirs.decode(row[1:][r.turn_BS[b] == turn])
+            assert said == part or part == said + "\n" or part.startswith(said)
+        cut = r.truncated_BK[b].tolist()
+        for turn in (1, 2):
+            ids = row[1:][r.turn_BS[b] == turn].tolist()
+            assert (ids[-1] == c.format().end_id) is not cut[turn - 1]
+            assert len(ids) == 24 or not cut[turn - 1]
+
+
+def test_what_cannot_be_imitated_is_refused(tmp_path, checkpoint):
+    rows = [{"problem": row["question"], "answer": "5"} for row in GSM8K]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    c = settings(tmp_path, checkpoint, train=str(tmp_path / "a.jsonl"))
+    with pytest.raises(ValueError, match="without a worked answer to imitate: --sft-steps must be"):
+        runs.create(c, tmp_path / "run")
+
+
+def test_splits_of_files(tmp_path):
+    """A tenth of the training rows is dev; what is tested is not trained on."""
+    train, test = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    train.write_text("\n".join(map(json.dumps, GSM8K[:40])))
+    test.write_text("\n".join(map(json.dumps, GSM8K[35:])))
+    found = runs.given("math", str(train), str(test))
+    names = {split: {p.prompt for p in rows} for split, rows in found.items()}
+    assert (len(found["train"]), len(found["dev"]), len(found["test"])) == (31, 4, 14)
+    assert not names["train"] & names["dev"] and not (names["train"] | names["dev"]) & names["test"]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, MBPP)))
+    with pytest.raises(ValueError, match="c.jsonl holds problems of kind program, not math"):
+        runs.given("math", str(train), str(tmp_path / "c.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(task="addition"), "--checkpoint is for --task math and code"),
+        (dict(train=""), "--train is for --task math and code, and needed there, got ''"),
+        (dict(max_new=0), "--max-new must be given"),
+        (dict(checkpoint="/nowhere"), "/nowhere"),
+        (dict(sample_batch=3), "--sample-batch must be a multiple of --group"),
+        (dict(train="/nowhere.jsonl"), "nowhere.jsonl"),
+        (dict(batch=2**19), "a step needs 262144 problems"),
+    ],
+)
+def test_bad_settings_are_one_line(tmp_path, checkpoint, capsys, changes, message):
+    given = SMALL | rows_of(tmp_path, "math") | dict(checkpoint=checkpoint, task="math") | changes
+    argv = ["--preset", "math", "--run", str(tmp_path / "run"), *words(given)]
+    assert score.main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_bfloat16_computes_near_float32_and_keeps_its_weights_wide(tmp_path, checkpoint):
+    """One step of each stage: the base is kept in bfloat16, the policy is not."""
+    c = settings(tmp_path, checkpoint, dtype="bfloat16", sft_steps=1, stage1_steps=1,
+                 stage2_steps=1, batch=4, max_new=8, recompute=True)  # fmt: skip
+    run = runs.create(c, tmp_path / "run")
+    assert score.train(run, threading.Event())
+    assert {w.dtype for w in run.base.parameters()} == {torch.bfloat16}
+    assert {w.dtype for w in run.policy.parameters()} == {torch.float32}
+    log = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()][1:]
+    assert all(row["gap"] < 0.2 and abs(row["kl1"]) < 0.05 for row in log)
+    assert all(
+        w.dtype == torch.float32 for w in runs.load(tmp_path / "run/score.pt")["model"].values()
+    )
+
+
+def test_a_run_from_a_checkpoint_resumes_bit_for_bit(tmp_path, checkpoint):
+    c = settings(tmp_path, checkpoint, sft_steps=2)
+    whole = runs.create(c, tmp_path / "whole")
+    assert score.train(whole, threading.Event())
+    now = threading.Event()
+    now.set()
+    run = runs.create(c, tmp_path / "parts")
+    for _ in range(20):
+        if score.train(run, now):
+            break
+        run = runs.restore(tmp_path / "parts")
+    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "parts")]
+    assert logs[0] == logs[1] and logs[0].count("\n") == 6
