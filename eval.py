@@ -7,6 +7,7 @@ Rates among the wrong or right first attempts alone are called repair rate and s
 
     python eval.py runs/score-seed0              # again, from the run's weights: same report.json
     python eval.py runs/score-seed0 --split dev  # on the problems that settings are chosen on
+    python eval.py runs/score-seed0 --export mine   # the last weights, for transformers and vLLM
     python eval.py --study --quick               # methods side by side, trained and measured
 
 Decoding is greedy, and once more at the training temperature to see what the rewards saw.
@@ -273,6 +274,17 @@ def show(r: dict) -> None:
         print(f"\nDIAGNOSIS  {note}")
 
 
+def export(folder: Path, new: Path) -> None:
+    """Write the weights of a run's last finished phase as an open checkpoint, with the tokenizer of
+    the one that it started from, if any."""
+    c, _ = read_about(folder)
+    phases = [phase for phase in schedule(c) if (folder / f"{phase.name}.pt").exists()]
+    if not phases:
+        raise ValueError(f"{folder} has no finished phase to export")
+    read_phase(folder, phases[-1], c)[0].save_pretrained(new, source=c.checkpoint or None)
+    print(f"{new}: weights of {phases[-1].name}")
+
+
 def main(argv: list[str]) -> int:
     """Evaluate a run, print the report, write it into the run's folder. Return the exit status."""
     if argv[:1] == ["--study"]:
@@ -285,9 +297,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     parser.add_argument("--split", choices=("test", "dev"), default="test", help="which problems")
     parser.add_argument("--n", type=int, help="how many problems (default: the run's --eval-n)")
+    parser.add_argument("--export", type=Path, metavar="NEW", help="write the last weights to a "
+                        "new folder, as transformers and vLLM read them, and no more")  # fmt: skip
     args = parser.parse_args(argv)
     start = time.monotonic()
     try:
+        if args.export is not None:
+            export(args.run, args.export)
+            return 0
         default = read_about(args.run)[0].eval_n
         n = default if args.n is None else args.n
         if n < 1:

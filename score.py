@@ -22,6 +22,7 @@ and KLs are in nats. Functions return one value a row; the training loop takes t
 """
 
 import copy
+import functools
 import json
 import os
 import resource
@@ -257,12 +258,15 @@ def of_tokens(law_BSV, target_BS):
 def in_chunks(f, chunk: int, *columns_BS):
     """Return f of columns [B, S, ..], by chunks of positions, so that no [B, S, V] is kept.
 
-    A chunk's laws are computed again in the backward pass. chunk 0: all positions at once, kept.
+    A chunk's laws are computed again in the backward pass, in which each chunk adds to the head's
+    gradient by itself (hence reentrant). chunk 0: all positions at once, kept.
     """
     if not chunk:
         return f(*columns_BS)
     parts = zip(*(x_BS.split(chunk, dim=1) for x_BS in columns_BS), strict=True)
-    found = [checkpoint(f, *part, use_reentrant=False) for part in parts]
+    if torch.is_grad_enabled():
+        f = functools.partial(checkpoint, f, use_reentrant=True)
+    found = [f(*part) for part in parts]
     return tuple(torch.cat(x, dim=1) for x in zip(*found, strict=True))
 
 

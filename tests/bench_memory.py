@@ -49,12 +49,11 @@ def measure(width: int, tokens: int, chunk: int, recompute: bool) -> dict:
     c = runs.Config(batch=ROWS, group=2, micro_batch=MICRO, chunk=chunk, recompute=recompute)
     policy = model.GPT(config)
     policy.recompute = recompute
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
     run = runs.Run(
-        c, Path(), policy, runs.frozen(policy, c), None, runs.new_optimizer(policy), None, None,
-        None, runs.Progress(),
+        c, Path(), policy, runs.frozen(policy, c), None, optimizer, None, None, None,
+        runs.Progress(),
     )  # fmt: skip
-    for group in run.optimizer.param_groups:
-        group["lr"] = 1e-6
     ids = torch.randint(0, V, (ROWS, tokens), generator=torch.Generator().manual_seed(0)).tolist()
     quarter = tokens // 4
     r = rollout.lay_out(

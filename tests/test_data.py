@@ -14,6 +14,7 @@ import torch
 from truth import ROOT
 
 import chat
+import eval as evaluation
 import run as runs
 import score
 from model import GPT
@@ -124,11 +125,11 @@ def test_a_preset_goes_from_checkpoint_to_report(tmp_path, checkpoint, preset):
     assert (report["config"]["lr"], report["config"]["beta2"]) == paper
     assert report["phases"]["score"]["truncated_t1"] >= 0
 
-    c, _ = runs.read_about(tmp_path / "run")
-    model, _ = runs.read_phase(tmp_path / "run", runs.schedule(c)[-1], c)
-    model.save_pretrained(tmp_path / "open", source=checkpoint)
+    assert evaluation.main([str(tmp_path / "run"), "--export", str(tmp_path / "open")]) == 0
     again = GPT.from_pretrained(tmp_path / "open").state_dict()
-    assert all(torch.equal(x, again[name]) for name, x in model.state_dict().items())
+    kept = runs.load(tmp_path / "run/score.pt")["model"]
+    assert kept.keys() == again.keys()
+    assert all(torch.equal(x, again[name]) for name, x in kept.items())
     assert (tmp_path / "open/tokenizer.json").is_file()
 
 
