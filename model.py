@@ -243,6 +243,27 @@ class Block(nn.Module):
         return x_BTD + self.mlp(self.norm2(x_BTD))
 
 
+class AddedInPlace(torch.autograd.Function):
+    """x @ weight.T, whose backward pass adds to weight.grad in place and returns none for it."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        g_NV, x_ND = grad.flatten(0, -2), x.flatten(0, -2).to(grad.dtype)
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        if grad.dtype == weight.dtype:
+            weight.grad.addmm_(g_NV.T, x_ND)
+        else:  # under autocast
+            weight.grad += g_NV.T @ x_ND
+        return (grad @ weight.to(grad.dtype)).to(x.dtype), None
+
+
 class GPT(nn.Module):
     """The language model: `logits_BTV = model(ids_BT)`, or in chunks with a `Cache`.
 
@@ -251,11 +272,13 @@ class GPT(nn.Module):
 
     recompute: an attribute, False at first. True computes each block's activations again on the way
     back instead of keeping them: the same gradients from less memory, in more time.
+    lean: an attribute, False at first. True adds to the gradient of a large vocabulary's matrix in
+    place, for callers of `logits` in chunks: the same gradient without copies of its size.
     """
 
     def __init__(self, config: GPTConfig, seed: int = 0):
         super().__init__()
-        self.config, self.recompute = config, False
+        self.config, self.recompute, self.lean = config, False, False
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
@@ -288,10 +311,16 @@ class GPT(nn.Module):
         its left. With one, the rows go on where they stand; n_new_B (int64, default T each) says
         how many of the T tokens are real, and the cache is advanced by as many.
         """
-        return self.head(self.hidden(ids_BT, cache, n_new_B))
+        return self.logits(self.hidden(ids_BT, cache, n_new_B))
+
+    def logits(self, state):
+        """Return logits [.., V] of final states [.., D]."""
+        if self.lean and torch.is_grad_enabled():
+            return AddedInPlace.apply(state, self.head.weight)
+        return self.head(state)
 
     def hidden(self, ids_BT, cache=None, n_new_B=None):
-        """Return the final normalised states [B, T, D]; `head` makes logits of those one needs."""
+        """Return the final normalised states [B, T, D]; `logits` is for those that one needs."""
         B, T = ids_BT.shape
         if cache is None:
             if T > self.config.max_positions:
@@ -309,7 +338,9 @@ class GPT(nn.Module):
             mask_B1TS = (slot_S <= position_BT[..., None])[:, None]
             cos, sin = self.cos[position_BT][:, :, None], self.sin[position_BT][:, :, None]
             kept = [(k, v, position_BT, mask_B1TS) for k, v in zip(cache.k, cache.v, strict=True)]
-        x_BTD = self.embed(ids_BT)
+        # a sparse gradient, of the rows that were read, goes where `logits` has left a dense one
+        sparse = self.lean and self.config.tied_head
+        x_BTD = F.embedding(ids_BT, self.embed.weight, sparse=sparse)
         again = self.recompute and cache is None and torch.is_grad_enabled()
         for block, layer in zip(self.blocks, kept, strict=True):
             if again:

@@ -115,7 +115,7 @@ def sample_turn(
     row_R, working = torch.arange(B, device=device), cache  # the rows in work, and their cache
     state_RD, going_R = state_BD, truncated_B.clone()
     for i in range(max_new):
-        logits_RV = model.head(state_RD)
+        logits_RV = model.logits(state_RD)
         if temperature == 0:
             token_R = logits_RV.argmax(dim=-1)
         else:

@@ -429,7 +429,7 @@ def new_run(c: Config, folder: Path) -> Run:
     else:
         policy = GPT(c.model(), seed=int(weights >> 1))
     policy = policy.to(device(c.device))
-    policy.recompute = c.recompute
+    policy.recompute, policy.lean = c.recompute, c.chunk > 0
     sampler = torch.Generator(c.device).manual_seed(int(samples >> 1))
     rng = np.random.default_rng(int(problems))
     return Run(

@@ -223,9 +223,9 @@ def score_terms(policy: GPT, base: GPT, r: Rollout, temperature: float, kl: str,
     """
 
     def of_positions(state_BSD, ref_state_BSD, target_BS):
-        law_BSV = token_law(policy.head(state_BSD), temperature)
+        law_BSV = token_law(policy.logits(state_BSD), temperature)
         with torch.no_grad():
-            ref_law_BSV = token_law(base.head(ref_state_BSD), temperature)
+            ref_law_BSV = token_law(base.logits(ref_state_BSD), temperature)
         kl_BS = (law_BSV.exp() * (law_BSV - ref_law_BSV)).sum(dim=-1)
         return of_tokens(law_BSV, target_BS), of_tokens(ref_law_BSV, target_BS), kl_BS
 
@@ -244,7 +244,7 @@ def token_logp(policy: GPT, r: Rollout, temperature: float, chunk: int = 0):
     """Return [B, S] log-probabilities of the tokens that stand in the rows, with gradient."""
 
     def of_positions(state_BSD, target_BS):
-        return (of_tokens(token_law(policy.head(state_BSD), temperature), target_BS),)
+        return (of_tokens(token_law(policy.logits(state_BSD), temperature), target_BS),)
 
     states_BSD = policy.hidden(r.ids_BT[:, :-1])
     return in_chunks(of_positions, chunk, states_BSD, r.ids_BT[:, 1:])[0]

@@ -11,7 +11,7 @@ against the same with the gradient. "whole" keeps all laws: chunk 0 and no block
 import argparse
 import json
 import os
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -33,14 +33,15 @@ def gib(x: float) -> float:
     return round(x / 2**30, 3)
 
 
-def peak() -> int:
-    """Return the largest resident memory so far, in bytes (Linux)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident(name: str) -> int:
+    """Return this process's resident memory in bytes, VmRSS now or VmHWM at most (Linux)."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(found[1])
 
 
 def measure(width: int, tokens: int, chunk: int, recompute: bool) -> dict:
     """Return what one step of Stage II takes, in bytes and seconds."""
-    start = peak()
+    start = resident("VmRSS")
     config = model.GPTConfig(
         V, n_layer=24 if width == 896 else 2, n_head=14 if width == 896 else 4, n_kv_head=2,
         d_model=width, d_ff=4864 if width == 896 else 2 * width, max_positions=2048,
@@ -48,7 +49,7 @@ def measure(width: int, tokens: int, chunk: int, recompute: bool) -> dict:
     )  # fmt: skip
     c = runs.Config(batch=ROWS, group=2, micro_batch=MICRO, chunk=chunk, recompute=recompute)
     policy = model.GPT(config)
-    policy.recompute = recompute
+    policy.recompute = policy.lean = recompute
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
     run = runs.Run(
         c, Path(), policy, runs.frozen(policy, c), None, optimizer, None, None, None,
@@ -70,7 +71,7 @@ def measure(width: int, tokens: int, chunk: int, recompute: bool) -> dict:
     seconds, weights = time.monotonic() - began, 4 * sum(w.numel() for w in policy.parameters())
     laws = 4 * MICRO * (chunk or tokens) * V
     return dict(
-        peak=peak() - start, weights=weights, optimiser=2 * weights, reference=weights,
+        peak=resident("VmHWM") - start, weights=weights, optimiser=2 * weights, reference=weights,
         gradient=weights, chunk=laws, seconds=seconds,
     )  # fmt: skip
 
@@ -89,10 +90,12 @@ def main(argv: list[str]) -> int:
         commit=runs.commit(), torch=torch.__version__, threads=torch.get_num_threads(),
         vocabulary=V, width=args.width, rows=ROWS, micro_batch=MICRO, tokens=args.tokens, runs={},
     )  # fmt: skip
+    # so that what torch frees goes back to the system rather than into the heap's gaps
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
     for name, one in (("chunks", [str(CHUNK), "1"]), ("whole", ["0", "0"])):
         words = [sys.executable, __file__, "--one", *one, "--width", str(args.width)]
         words += ["--tokens", str(args.tokens)]
-        done = subprocess.run(words, capture_output=True, text=True, env=dict(os.environ))
+        done = subprocess.run(words, capture_output=True, text=True, env=env)
         if done.returncode:
             print(done.stderr, file=sys.stderr)
             return 1

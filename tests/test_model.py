@@ -171,3 +171,30 @@ def test_too_many_tokens_are_refused():
     gpt(ids(1, 3), cache)
     with pytest.raises(ValueError, match="4 slots"):
         gpt(ids(1, 2), cache)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_vocabularys_gradient_added_in_place_is_the_same(tied):
+    """Over two backward passes, as micro-batches make them; and no copy of the matrix is made."""
+    gpt, found = model(tied_head=tied), []
+    for gpt.lean in (False, True):
+        gpt.zero_grad()
+        for seed in (1, 2):
+            read = ids(3, 7, seed)
+            logp = torch.log_softmax(gpt(read), -1)
+            (logp[..., 2] * torch.linspace(-1, 2, 21).view(3, 7)).sum().backward()
+        found.append([weight.grad.clone() for weight in gpt.parameters()])
+    for plain, lean in zip(*found, strict=True):
+        assert not lean.is_sparse and plain.abs().max() > 0
+        torch.testing.assert_close(lean, plain, rtol=1e-10, atol=1e-12)
+
+
+def test_a_vocabularys_gradient_is_added_in_place_under_autocast():
+    gpt, found = model(torch.float32, tied_head=True), []
+    for gpt.lean in (False, True):
+        gpt.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = gpt(ids(3, 7))
+        torch.log_softmax(logits.float(), -1)[..., 2].sum().backward()
+        found.append(torch.cat([weight.grad.flatten() for weight in gpt.parameters()]))
+    assert (found[1] - found[0]).norm() < 0.02 * found[0].norm()

@@ -90,7 +90,9 @@ def test_micro_batches_padding_and_order_change_nothing(stage, kl):
         assert_same(gradient(policy, base, r, rewards, stage, kl, micro_batch), whole)
 
     for chunk in (1, 3, 100):
-        assert_same(gradient(policy, base, r, rewards, stage, kl, chunk=chunk), whole)
+        for policy.lean in (False, True):
+            assert_same(gradient(policy, base, r, rewards, stage, kl, 4, chunk=chunk), whole)
+    policy.lean = False
 
     padded = copy.copy(r)  # nonsense behind every row, and one more column of it
     beyond = torch.arange(r.ids_BT.shape[1]) >= r.length_B[:, None]

@@ -98,12 +98,12 @@ MUTANTS = {
          "(score_function(logp_BS) * mask_BS).sum(dim=1) / mask_BS.sum(dim=1) * advantage_B")
     ],
     "temperature not in the log-probs": [
-        ("score.py", "law_BSV = token_law(policy.head(state_BSD), temperature)\n        with",
-         "law_BSV = token_law(policy.head(state_BSD), 1.0)\n        with")
+        ("score.py", "law_BSV = token_law(policy.logits(state_BSD), temperature)\n        with",
+         "law_BSV = token_law(policy.logits(state_BSD), 1.0)\n        with")
     ],
     "temperature not in the reference": [
-        ("score.py", "token_law(base.head(ref_state_BSD), temperature)",
-         "token_law(base.head(ref_state_BSD), 1.0)")
+        ("score.py", "token_law(base.logits(ref_state_BSD), temperature)",
+         "token_law(base.logits(ref_state_BSD), 1.0)")
     ],
     "own turn-2 reward in turn 1's baseline": [
         ("score.py", STAGE2_GAIN1,
@@ -120,7 +120,7 @@ MUTANTS = {
          ").repeat_interleave(G)")
     ],
     "reference is the policy itself": [
-        ("score.py", "ref_law_BSV = token_law(base.head(ref_state_BSD), temperature)",
+        ("score.py", "ref_law_BSV = token_law(base.logits(ref_state_BSD), temperature)",
          "ref_law_BSV = law_BSV")
     ],
 }  # fmt: skip
