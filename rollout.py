@@ -15,6 +15,7 @@ N tokens of one attempt, K attempts, C tokens of a chunk that is read, V vocabul
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
@@ -92,6 +93,7 @@ def sample_turn(
     top_p: float = 1.0,
     compact: bool = False,
     share: tuple[int, int] = (0, 1),
+    largest: Callable[[int], int] = int,
 ) -> Turn:
     """Sample one attempt a row until its end-of-turn token or max_new tokens.
 
@@ -105,6 +107,8 @@ def sample_turn(
       top_k, top_p: of `token_law`; for evaluation only.
       compact: go on with the unfinished rows alone whenever they are half of those in work.
       share: (i, n): these are the i-th of n equal parts of the rows, which n processes sample.
+      largest: returns the largest number that any of the n processes calls it with. Called once, at
+        the end: who is done early draws the noise of the others' last tokens.
     """
     B, device = len(state_BD), state_BD.device
     ids_BN = torch.zeros(B, max_new, dtype=torch.long, device=device)
@@ -139,6 +143,8 @@ def sample_turn(
         state_RD = model.hidden(token_R[:, None], working, going_R.long())[:, 0]
     if working is not cache:
         cache.put(row_R, working)
+    for _ in range(largest(i) - i if temperature else 0):
+        noise.exponential_(generator=generator)
     return Turn(ids_BN[:, : i + 1], n_B, logp_BN[:, : i + 1], truncated_B)
 
 
@@ -175,7 +181,7 @@ class Rollout:
 
     def rows(self, at: slice | torch.Tensor) -> "Rollout":
         """Return some rows (a slice, or booleans [B]), with the padding that they alone need."""
-        T = int(self.length_B[at].max())
+        T = max(self.length_B[at].tolist(), default=1)
         return Rollout(
             self.ids_BT[at, :T],
             self.length_B[at],
@@ -275,6 +281,7 @@ def rollout(
     top_p: float = 1.0,
     compact: bool = False,
     share: tuple[int, int] = (0, 1),
+    largest: Callable[[int], int] = int,
     attempts: int = 2,
     group: int = 1,
     author1: GPT | None = None,
@@ -286,8 +293,8 @@ def rollout(
       prompts: the ids of each x1, of any lengths. instruction: the ids of p1.
       group: rows of each prompt, side by side; the prompt is read once for all of them.
       max_new: limit of one attempt, its end-of-turn token counted.
-      generator: the only source of randomness. temperature, top_k, top_p, compact, share: of
-        `sample_turn`.
+      generator: the only source of randomness. temperature, top_k, top_p, compact, share,
+        largest: of `sample_turn`.
       author1, offline1_B: rows marked True continue from a first attempt that `author1` samples.
         (arXiv 2409.12917v2, section 5: "offline" first attempts from the base model.)
     """
@@ -297,7 +304,7 @@ def rollout(
     B, C = prompt[0].shape
     law = dict(
         max_new=max_new, end_id=end_id, generator=generator, temperature=temperature,
-        top_k=top_k, top_p=top_p, compact=compact, share=share,
+        top_k=top_k, top_p=top_p, compact=compact, share=share, largest=largest,
     )  # fmt: skip
     slots = C + attempts * max_new + (attempts - 1) * len(instruction)
 
@@ -356,7 +363,11 @@ def texts(r: Rollout, turn: int, format: Format) -> list[str]:
 
 
 def grade(
-    r: Rollout, problems: list[verify.Problem], format: Format, tally: Counter | None = None
+    r: Rollout,
+    problems: list[verify.Problem],
+    format: Format,
+    tally: Counter | None = None,
+    processes: int = 1,
 ) -> list[torch.Tensor]:
     """Return the rewards of each attempt, float32 [B]: 0, 1, or nan without a verdict.
 
@@ -364,10 +375,12 @@ def grade(
     scored as 0: whoever trains or measures leaves the problem out, and counts it.
 
     Args:
-      tally: counts verdicts by their status.
+      tally: counts verdicts by their status. processes: so many grade at once, and share the cores.
     """
     rewards = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # programs run in processes of their own
+    with ThreadPoolExecutor(
+        max(1, os.cpu_count() // processes)
+    ) as pool:  # programs run in processes of their own
         over = pool.map if problems[0].kind == "program" else map
         for turn, cut_B in enumerate(r.truncated_BK.unbind(dim=1), 1):
             answers = texts(r, turn, format)

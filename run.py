@@ -24,9 +24,11 @@ import numpy as np
 import torch
 
 import countdown
+import parallel
 import verify
 from chat import Format, format_of
 from model import GPT, GPTConfig, config_from
+from parallel import first, processes, shard, whole, whole_tensor
 
 METHODS = (
     "score", "base", "multi_turn", "single_turn", "no_stage1", "no_bonus", "star", "star_plus",
@@ -370,6 +372,7 @@ def parse(argv: list[str]) -> tuple[Config | None, Path, Path | None]:
             parser.add_argument(option, action=either, help=text)
         else:
             parser.add_argument(option, type=f.type, choices=f.metadata["choices"], help=text)
+    parser.error = refuse  # one line, from one process
     args = vars(parser.parse_args(argv))
     folder, resume, base, preset = (
         args.pop(name, None) for name in ("run", "resume", "base", "preset")
@@ -381,6 +384,11 @@ def parse(argv: list[str]) -> tuple[Config | None, Path, Path | None]:
     config = Config(**PRESETS.get(preset or args.get("task"), {}) | args)
     task = "" if config.task == "addition" else f"{config.task}-"
     return config, folder or Path("runs") / f"{task}{config.method}-seed{config.seed}", base
+
+
+def refuse(message: str) -> None:
+    """Raise ValueError."""
+    raise ValueError(message)
 
 
 # --- the run: what it carries from step to step ---------------------------------------------------
@@ -428,8 +436,9 @@ def new_run(c: Config, folder: Path) -> Run:
         policy = GPT.from_pretrained(Path(c.checkpoint))
     else:
         policy = GPT(c.model(), seed=int(weights >> 1))
-    policy = policy.to(device(c.device))
-    policy.recompute, policy.lean = c.recompute, c.chunk > 0
+    policy = shard(policy, device(c.device))
+    policy.recompute = c.recompute
+    policy.lean = c.chunk > 0 and processes()[1] == 1
     sampler = torch.Generator(c.device).manual_seed(int(samples >> 1))
     rng = np.random.default_rng(int(problems))
     return Run(
@@ -453,10 +462,11 @@ def computing(c: Config) -> torch.autocast:
 
 def frozen(policy: GPT, c: Config) -> GPT:
     """Return a copy that is not trained, its weights in the precision that is computed in."""
-    model = copy.deepcopy(policy).requires_grad_(False)
-    for weight in model.parameters():  # not the rotary tables, which are no weights
+    gathered = whole(policy)
+    fixed = copy.deepcopy(policy) if gathered is policy else gathered
+    for weight in fixed.requires_grad_(False).parameters():  # not the rotary tables
         weight.data = weight.data.to(getattr(torch, c.dtype))
-    return model
+    return shard(fixed, device(c.device))
 
 
 def needs_previous(phase: Phase) -> bool:
@@ -521,7 +531,7 @@ def load(path: Path) -> dict:
 
 
 def save_checkpoint(run: Run) -> None:
-    """Write all that the next step depends on."""
+    """Write all that the next step depends on: in one file, or a part for each process."""
     content = {
         "policy": run.policy.state_dict(),
         "optimizer": run.optimizer.state_dict(),
@@ -530,11 +540,22 @@ def save_checkpoint(run: Run) -> None:
         "sampler": run.sampler.get_state(),
         "progress": asdict(run.progress),
     }
-    save(content, run.folder / "checkpoint.pt")
+    if processes()[1] > 1:
+        parallel.save_parts(content, run.folder)
+    else:
+        save(content, run.folder / "checkpoint.pt")
+        parallel.discard_parts(run.folder)
+
+
+def save_weights(policy: GPT, about: dict, path: Path) -> None:
+    """Write a policy's whole weights, and what is to be known of them."""
+    weights = {name: whole_tensor(x) for name, x in policy.state_dict().items()}
+    first(save, dict(model=weights) | about, path)
 
 
 def create(c: Config, folder: Path, base: Path | None = None) -> Run:
     """Start a run in a folder that must not exist yet, if asked with the base of another run."""
+    check_shares(c)
     run = new_run(c, folder)
     draw(c, c.eval_n, "test", np.random.default_rng(0))
     draw_training(c, c.batch // c.group, np.random.default_rng(0))
@@ -543,24 +564,61 @@ def create(c: Config, folder: Path, base: Path | None = None) -> Run:
         if not all(problem.solution for problem in rows):
             raise ValueError(f"--train {c.train} has problems without a worked answer to imitate: "
                              f"--sft-steps must be 0, got {c.sft_steps}")  # fmt: skip
+    first(check_absent, folder)
+    trained = None if base is None else take_base(run, base)
+    run.folder = folder.with_name(folder.name + ".part")  # a run is whole or absent, too
+    first(prepare, run, trained)
+    save_checkpoint(run)
+    first(run.folder.rename, folder)
+    run.folder = folder
+    return run
+
+
+def check_absent(folder: Path) -> None:
+    """Raise ValueError if there is such a folder."""
     if folder.exists():
         raise ValueError(
             f"{folder} exists and is left alone: continue it with --resume {folder}, "
             "or choose another with --run"
         )
-    trained = None if base is None else take_base(run, base)
-    run.folder = folder.with_name(folder.name + ".part")  # a run is whole or absent, too
+
+
+def prepare(run: Run, trained: dict | None) -> None:
+    """Write what a new run starts with, but for its checkpoint."""
     run.folder.mkdir(parents=True, exist_ok=True)
     about = dict(commit=commit(), torch=torch.__version__, threads=torch.get_num_threads())
-    text = json.dumps(about | {"config": asdict(c)}, indent=2)
+    text = json.dumps(about | {"config": asdict(run.config)}, indent=2)
     (run.folder / "config.json").write_text(text + "\n")
     (run.folder / "log.jsonl").write_text("")
     if trained is not None:
         save(trained, run.folder / "base.pt")
-    save_checkpoint(run)
-    run.folder.rename(folder)
-    run.folder = folder
-    return run
+
+
+def check_shares(c: Config) -> None:
+    """Hold the settings against the number of processes, which all have equal shares of the rows.
+
+    Raises:
+      ValueError: they cannot have, or there is no device for each.
+    """
+    n = processes()[1]
+    if n == 1:
+        return
+    for option, rows, each in (
+        ("--batch", c.batch, c.group), ("--sample-batch", c.sample_batch, c.group),
+        ("--sft-batch", c.sft_batch, c.base_attempts - 1),
+    ):  # fmt: skip
+        if rows % (each * n):
+            raise ValueError(
+                f"{option} must be a multiple of {each} times {n} processes, got {rows}"
+            )
+    if c.method.startswith("pair_sft"):
+        raise ValueError(f"--method {c.method} runs in one process only, got {n}")
+    here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", n)), torch.cuda.device_count()
+    if c.device != "cpu" and (c.device != "cuda" or here > devices):
+        raise ValueError(
+            f"--device must be cpu, or cuda with a device for each of the {here} processes here: "
+            f"torch sees {devices}, got {c.device!r}"
+        )
 
 
 def take_base(run: Run, folder: Path) -> dict:
@@ -578,7 +636,7 @@ def take_base(run: Run, folder: Path) -> dict:
             raise ValueError(f"--base {folder} has {option} {getattr(theirs, name)}, not {ours}")
     content = load(folder / "base.pt")
     try:
-        run.policy.load_state_dict(content["model"])
+        run.policy.load_state_dict(parallel.parts_of(content["model"], run.policy))
         run.problem_rng.bit_generator.state = json.loads(content["problem_rng"])
     except (KeyError, RuntimeError, TypeError):
         raise ValueError(f"{folder / 'base.pt'} does not fit {folder / 'config.json'}") from None
@@ -638,10 +696,14 @@ def restore(folder: Path) -> Run:
     """Return a run as its last checkpoint left it, on as many threads: sums depend on them."""
     config, about = read_about(folder)
     torch.set_num_threads(about["threads"])
+    check_shares(config)
     run = new_run(config, folder)
     path = folder / "checkpoint.pt"
-    content = load(path)
+    in_parts = parallel.has_parts(folder)
+    content = parallel.load_parts(folder, run.policy, run.optimizer) if in_parts else load(path)
     try:
+        if not in_parts:
+            content = parallel.spread(content, run.policy)
         run.policy.load_state_dict(content["policy"])
         run.optimizer.load_state_dict(content["optimizer"])
         run.best = content["best"]

@@ -42,6 +42,19 @@ from torch.utils.checkpoint import checkpoint
 
 from chat import prompt
 from model import GPT
+from parallel import (
+    complain,
+    first,
+    keep_up,
+    largest,
+    mean,
+    processes,
+    share,
+    together,
+    total,
+    whole,
+    whole_tensor,
+)
 from rollout import (
     Rollout,
     concatenate,
@@ -71,8 +84,8 @@ from run import (
     new_optimizer,
     parse,
     restore,
-    save,
     save_checkpoint,
+    save_weights,
     schedule,
 )
 
@@ -279,13 +292,14 @@ def sft_step(run: Run) -> dict:
     """Take one supervised step on fresh documents, or worked answers; return what is logged."""
     c = run.config
     if c.task in DATA:
-        r = read_solutions(draw(c, c.sft_batch, "train", run.problem_rng), c.format(), c.device)
+        drawn = share(draw(c, c.sft_batch, "train", run.problem_rng))
+        r = read_solutions(drawn, c.format(), c.device)
         return imitate(run, [(r, r.mask1_BS)], 1.0)
     clean = run.progress.step < c.clean * c.sft_steps  # it learns to check before it gets careless
     drawn, places = documents(c, c.sft_batch, run.problem_rng, clean), c.base_attempts - 1
     parts = []
     for i in range(places):  # a later revision stands behind i more copies of the draft, as context
-        rows = [(x, *[draft] * (i + 1), revision) for x, draft, revision in drawn[i::places]]
+        rows = [(x, *[draft] * (i + 1), revision) for x, draft, revision in share(drawn[i::places])]
         r = read_documents(rows, c.device, c.task)
         parts.append((r, r.mask1_BS | (r.turn_BS == i + 2)))
     return imitate(run, parts, 1.0)
@@ -293,8 +307,8 @@ def sft_step(run: Run) -> dict:
 
 def imitate(run: Run, parts: list[tuple[Rollout, torch.Tensor]], temperature: float) -> dict:
     """Take a step that raises the likelihood of the masked tokens, each counting the same."""
-    c, total = run.config, 0.0
-    tokens = sum(mask_BS.sum() for _, mask_BS in parts)
+    c, summed, passes = run.config, 0.0, 0
+    tokens = total(sum(mask_BS.sum() for _, mask_BS in parts))
     run.optimizer.zero_grad()
     for r, mask_BS in parts:
         for at in slices(len(r.ids_BT), c.micro_batch):
@@ -303,36 +317,41 @@ def imitate(run: Run, parts: list[tuple[Rollout, torch.Tensor]], temperature: fl
                 logp_BS = token_logp(run.policy, part, temperature, c.chunk)
             loss = loss_sft(logp_BS, mask_BS[at, : logp_BS.shape[1]]).sum() / tokens
             loss.backward()
-            total += loss.item()
-    return {"loss": total, "grad_norm": descend(run)}
+            summed, passes = summed + loss.item(), passes + 1
+    keep_up(passes, run.policy)
+    return {"loss": total(summed), "grad_norm": descend(run)}
 
 
 def slices(n: int, size: int) -> list[slice]:
     """Return n rows in slices of a size, the last maybe shorter; 0: all in one."""
-    return [slice(at, at + (size or n)) for at in range(0, n, size or n)]
+    return [slice(at, at + (size or n)) for at in range(0, n, size or n or 1)]
 
 
 def descend(run: Run) -> float:
     """Clip the gradient and take the optimiser's step; return the norm that the gradient had."""
-    weights = run.policy.parameters()
-    norm = torch.nn.utils.clip_grad_norm_(weights, run.config.clip, error_if_nonfinite=True)
+    weights = list(run.policy.parameters())
+    norm = whole_tensor(torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None]))
+    if not norm.isfinite():
+        raise RuntimeError(f"the gradient's norm is {norm.item()}")
+    torch.nn.utils.clip_grads_with_norm_(weights, run.config.clip, norm)
     run.optimizer.step()
     return norm.item()
 
 
 def sample(
-    model: GPT, c: Config, problems, generator, temperature, group=1, offline1_B=None, **more
-) -> Rollout:
-    """Sample attempts at each problem, `group` rows each (`more`: attempts, author1)."""
+    model: GPT, c: Config, problems, generator, temperature, group=1, offline1_B=None,
+    share=(0, 1), **more,
+) -> Rollout:  # fmt: skip
+    """Sample attempts at each problem, `group` rows each (`more`: attempts, author1, largest)."""
     format, parts = c.format(), []
     prompts = [prompt(format, problem) for problem in problems]
-    for at in slices(len(prompts), c.sample_batch // group):
+    for at in slices(len(prompts), c.sample_batch // group // share[1]):
         rows = slice(at.start * group, at.stop * group)
         with computing(c):
             part = rollout(
                 model, prompts[at], format.instruction, max_new=c.attempt_limit(),
                 end_id=format.end_id, generator=generator, temperature=temperature,
-                compact=True, group=group,
+                compact=True, group=group, share=share,
                 offline1_B=None if offline1_B is None else offline1_B[rows], **more,
             )  # fmt: skip
         parts.append(part)
@@ -374,19 +393,21 @@ def collect(run: Run, author: GPT, **more) -> tuple[Rollout, list, list[torch.Te
     problem with a row that got no verdict is left out, whole, so that every group has its baseline.
     """
     c = run.config
-    drawn = draw_training(c, c.batch // c.group, run.problem_rng)
+    drawn = draw_training(c, c.batch // c.group, run.problem_rng)  # the same in all processes
+    drawn = share(drawn, c.sample_batch // c.group)
     problems = [problem for problem in drawn for _ in range(c.group)]
     start = time.monotonic()
-    r = sample(author, c, drawn, run.sampler, c.temperature, c.group, **more)
+    more |= dict(share=processes(), largest=largest)
+    r = sample(whole(author), c, drawn, run.sampler, c.temperature, c.group, **more)
     sampled = time.monotonic()
-    rewards = grade(r, problems, c.format(), tally := Counter())
+    rewards = grade(r, problems, c.format(), tally := Counter(), processes()[1])
     run.clock |= dict(
-        sampling_s=sampled - start, judging_s=time.monotonic() - sampled, episodes=len(problems),
-        tokens=int((r.turn_BS > 0).sum()), timeouts=tally["timeout"],
+        sampling_s=sampled - start, judging_s=time.monotonic() - sampled, episodes=c.batch,
+        tokens=total(int((r.turn_BS > 0).sum())), timeouts=total(tally["timeout"]),
     )  # fmt: skip
     keep_B = all_judged(sum(rewards), c.group)
     judged = [problems[i] for i in keep_B.nonzero()[:, 0].tolist()]
-    return r.rows(keep_B), judged, [x[keep_B] for x in rewards], 1 - len(judged) / c.batch
+    return r.rows(keep_B), judged, [x[keep_B] for x in rewards], 1 - total(len(judged)) / c.batch
 
 
 def rl_step(run: Run, phase: Phase) -> dict:
@@ -397,18 +418,19 @@ def rl_step(run: Run, phase: Phase) -> dict:
     c, p = run.config, run.progress
     more = dict(attempts=phase.attempts)
     if c.offline and phase.objective == "stage2":
-        rows_B = torch.arange(c.batch, device=c.device)
+        rows_B = torch.tensor(share(range(c.batch), c.sample_batch), device=c.device)
         offline1_B = rows_B < round(c.offline * (c.batch // c.group)) * c.group
-        more |= dict(author1=run.base, offline1_B=offline1_B)
+        more |= dict(author1=whole(run.base), offline1_B=offline1_B)
     r, _, rewards, dropped = collect(run, run.policy, **more)
-    B, own_B = len(r.ids_BT), ~r.offline1_B
-    if not own_B.any() and not ("offline1_B" in more and more["offline1_B"].all()):
+    B, own = total(len(r.ids_BT)), total(int((~r.offline1_B).sum()))
+    if not own and not ("offline1_B" in more and more["offline1_B"].all()):
         raise RuntimeError("no verdict on any problem whose first attempt is the policy's own")
     anchor = run.previous if phase.objective == "stage1b" else run.base
 
     run.optimizer.zero_grad()
     kl, gap = torch.zeros(phase.attempts, dtype=torch.float64), 0.0
-    for at in slices(B, c.micro_batch):
+    passes = slices(len(r.ids_BT), c.micro_batch)
+    for at in passes:
         part = r.rows(at)
         with computing(c):
             logp_BS, *kls = score_terms(run.policy, anchor, part, c.temperature, c.kl, c.chunk)
@@ -416,14 +438,15 @@ def rl_step(run: Run, phase: Phase) -> dict:
         (loss_B.sum() / B).backward()
         gap = max(gap, sampler_gap(logp_BS.detach(), part))
         kl += torch.stack([kl_B.detach().sum() for kl_B in kls]).cpu()
-    grad_norm = descend(run)
+    keep_up(len(passes), run.policy, anchor)
+    grad_norm, kl, gap = descend(run), total(kl), largest(gap)
 
-    kl1, kl2, *kl3 = (kl / torch.tensor([max(1, int(own_B.sum())), *[B] * (len(kl) - 1)])).tolist()
+    kl1, kl2, *kl3 = (kl / torch.tensor([max(1, own), *[B] * (len(kl) - 1)])).tolist()
     log = summary(r, rewards) | dict(
         kl1=kl1, kl2=kl2, beta2=p.beta2, grad_norm=grad_norm, gap=gap, dropped=dropped
     )  # fmt: skip
     if kl3:
-        log |= dict(acc_t3=rewards[2].mean().item(), kl3=kl3[0])
+        log |= dict(acc_t3=mean(rewards[2]), kl3=kl3[0])
     if c.adaptive_beta2 and phase.objective == "stage1":
         p.beta2 = balanced_beta2(p.beta2, log["acc_t2"], kl1, c.beta2)
     return log
@@ -452,17 +475,16 @@ def loss_of(phase: Phase, c: Config, beta2: float, r: Rollout, logp_BS, kls, rew
 def summary(r: Rollout, rewards: list[torch.Tensor]) -> dict:
     """Return what is logged of sampled attempts; accuracies of the rows whose first attempt is the
     sampled policy's own, if there are any; entropies in nats a token, estimated by the samples."""
-    of_B = ~r.offline1_B if not r.offline1_B.all() else r.offline1_B
-    acc_t1, acc_t2 = (x[of_B].mean().item() for x in rewards[:2])
+    own_B = ~r.offline1_B
+    of_B = own_B if total(int(own_B.sum())) else r.offline1_B
+    acc_t1, acc_t2 = (mean(x[of_B]) for x in rewards[:2])
     changed = [a != b for a, b in zip(written(r, 1), written(r, 2), strict=True)]
-    cut1, cut2 = r.truncated_BK[:, :2].float().mean(dim=0).tolist()
-    entropy1, entropy2 = (
-        -r.logp_BS[mask_BS].mean().item() if mask_BS.any() else 0.0
-        for mask_BS in (r.mask1_BS, r.mask2_BS)
-    )
+    cut1, cut2 = (mean(cut_B.float()) for cut_B in r.truncated_BK[:, :2].unbind(dim=1))
+    entropy1, entropy2 = (-mean(r.logp_BS[mask_BS]) for mask_BS in (r.mask1_BS, r.mask2_BS))
     return dict(
-        acc_t1=acc_t1, acc_t2=acc_t2, delta=acc_t2 - acc_t1, changed=sum(changed) / len(changed),
-        truncated1=cut1, truncated2=cut2, entropy1=entropy1, entropy2=entropy2,
+        acc_t1=acc_t1, acc_t2=acc_t2, delta=acc_t2 - acc_t1,
+        changed=total(sum(changed)) / total(len(changed)), truncated1=cut1, truncated2=cut2,
+        entropy1=entropy1, entropy2=entropy2,
     )  # fmt: skip
 
 
@@ -480,14 +502,18 @@ def imitate_step(run: Run, phase: Phase) -> dict:
         examples = traces(r, *rewards, phase.plus)
     else:
         examples = pairs(r, *rewards, c.group, phase.plus, run.problem_rng)
-    log = summary(r, rewards) | dict(dropped=dropped, examples=len(examples) / c.batch)
-    if not examples:
+    found = total(len(examples))
+    log = summary(r, rewards) | dict(dropped=dropped, examples=found / c.batch)
+    if not found:
         return log | dict(loss=None, grad_norm=0.0)
     format, written1 = c.format(), written(r, 1)
     prompts = [prompt(format, problems[b]) for b, _ in examples]
     firsts, seconds = [written1[b] for b, _ in examples], [second for _, second in examples]
-    rows = lay_out(prompts, [firsts, seconds], format.instruction, c.device)
-    return log | imitate(run, [(rows, rows.mask2_BS)], c.temperature)
+    parts = []
+    if examples:  # another process may have some where this one has none
+        rows = lay_out(prompts, [firsts, seconds], format.instruction, c.device)
+        parts.append((rows, rows.mask2_BS))
+    return log | imitate(run, parts, c.temperature)
 
 
 def traces(r: Rollout, reward1_B, reward2_B, plus: bool) -> list[tuple[int, list[int]]]:
@@ -526,7 +552,7 @@ def all_judged(reward_B, G: int):
     tensor([ True,  True, False, False])
     """
     keep_B = reward_B.isfinite().view(-1, G).all(dim=1).repeat_interleave(G)
-    if not keep_B.any():
+    if not total(int(keep_B.sum())):
         raise RuntimeError("no verdict on any problem of the batch: the verifier has failed")
     return keep_B
 
@@ -555,10 +581,11 @@ def train(run: Run, stop: threading.Event) -> bool:
     Each phase ends with its weights in `<phase>.pt`. The frozen base is the same for every phase
     after the first: it is never replaced by what Stage I made of it.
     """
-    with open(run.folder / "log.jsonl", "r+b") as log:
-        if log.seek(0, os.SEEK_END) < run.progress.log_bytes:
-            raise ValueError(f"{log.name} is shorter than the checkpoint says")
-        log.truncate(run.progress.log_bytes)  # drop what was logged after the last checkpoint
+    path = run.folder / "log.jsonl"
+    if path.stat().st_size < run.progress.log_bytes:
+        raise ValueError(f"{path} is shorter than the checkpoint says")
+    with open(path if processes()[0] == 0 else os.devnull, "r+b") as log:
+        first(log.truncate, run.progress.log_bytes)  # what was logged after the last checkpoint
         log.seek(run.progress.log_bytes)
         for phase in schedule(run.config)[run.progress.phase :]:
             if not train_phase(run, phase, log, stop):
@@ -571,7 +598,7 @@ def train_phase(run: Run, phase: Phase, log: BinaryIO, stop: threading.Event) ->
     p, c = run.progress, run.config
     clock, shown = time.monotonic() - p.seconds, (p.step, p.seconds)
     if phase.objective != "sft":
-        check_sampler(run.policy, c)
+        check_sampler(whole(run.policy), c)
     while p.step < phase.steps and not enough(run, phase):
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(c, phase, p.step)
@@ -590,14 +617,14 @@ def train_phase(run: Run, phase: Phase, log: BinaryIO, stop: threading.Event) ->
             pace = (p.seconds - shown[1]) / (p.step - shown[0])
             shown = p.step, p.seconds
             show_progress(run, phase, row, pace)
-        stopping = stop.is_set()  # asked once: a signal may come at any moment
+        stopping = total(int(stop.is_set()))  # asked once: a signal may come at any moment
         if stopping or p.step % c.save_every == 0:
-            os.fsync(log.fileno())  # the log is never shorter than a checkpoint says
+            first(os.fsync, log.fileno())  # the log is never shorter than a checkpoint says
             save_checkpoint(run)
         if stopping:
             return False
     finish_phase(run, phase)
-    os.fsync(log.fileno())
+    first(os.fsync, log.fileno())
     save_checkpoint(run)
     return True
 
@@ -658,11 +685,9 @@ def finish_phase(run: Run, phase: Phase) -> None:
         run.policy.load_state_dict(run.best)
         step = p.best_step
         print(f"{phase.name:>10} keeps the weights of step {step}: highest reward in training")
-    content = dict(
-        model=run.policy.state_dict(), steps=p.step, selected_step=step, seconds=p.seconds
-    )
-    content["problem_rng"] = json.dumps(run.problem_rng.bit_generator.state)  # for --base
-    save(content, run.folder / f"{phase.name}.pt")
+    about = dict(steps=p.step, selected_step=step, seconds=p.seconds)
+    about["problem_rng"] = json.dumps(run.problem_rng.bit_generator.state)  # for --base
+    save_weights(run.policy, about, run.folder / f"{phase.name}.pt")
     if phase.objective == "sft":
         run.base = frozen(run.policy, c)
     later = schedule(c)[p.phase + 1 :]
@@ -687,7 +712,7 @@ def note_speed(run: Run, phase: Phase, seconds: float) -> None:
     else:
         row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     run.clock = {}
-    with open(run.folder / "speed.jsonl", "a") as file:
+    with open(run.folder / "speed.jsonl" if processes()[0] == 0 else os.devnull, "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
@@ -731,23 +756,27 @@ def main(argv: list[str]) -> int:
 
     def interrupt(number, _):
         stop.set()  # finish the step, save, leave; a second Ctrl-C leaves at once
-        signal.signal(number, signal.SIG_DFL)
+        if processes()[1] == 1:  # torchrun sends every process a second signal itself
+            signal.signal(number, signal.SIG_DFL)
 
-    try:
-        config, folder, base = parse(argv)
-        run = restore(folder) if config is None else create(config, folder, base)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, interrupt)
-        parameters = sum(weight.numel() for weight in run.policy.parameters())
-        print(f"{folder}: {parameters:,} parameters, {run.config.device}", flush=True)
-        if not train(run, stop):
-            print(f"stopped and saved; continue with: python score.py --resume {folder}")
-            return 130
-        evaluator = Path(__file__).with_name("eval.py")
-        return subprocess.run([sys.executable, evaluator, folder.resolve()]).returncode
-    except (ValueError, OSError) as error:
-        print(f"score.py: error: {error}", file=sys.stderr)
-        return 2
+    with together() as process:
+        try:
+            config, folder, base = parse(argv)
+            run = restore(folder) if config is None else create(config, folder, base)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, interrupt)
+            parameters = sum(weight.numel() for weight in run.policy.parameters())
+            print(f"{folder}: {parameters:,} parameters, {run.config.device}", flush=True)
+            if not train(run, stop):
+                print(f"stopped and saved; continue with: python score.py --resume {folder}")
+                return 130
+        except (ValueError, OSError) as error:
+            complain(f"score.py: error: {error}")
+            return 2
+    if process > 0:
+        return 0
+    evaluator = Path(__file__).with_name("eval.py")
+    return subprocess.run([sys.executable, evaluator, folder.resolve()]).returncode
 
 
 if __name__ == "__main__":
