@@ -15,6 +15,7 @@ import contextlib
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -124,12 +125,10 @@ def mean(x: torch.Tensor) -> float:
     return (total(x.sum()) / total(x.numel())).item()
 
 
-def keep_up(passes: int, policy: GPT, base: GPT | None = None) -> None:
-    """Take as many empty passes as another process has taken more than this one's `passes`.
-
-    Every pass gathers the weights of base and policy and adds up gradients, with all processes.
-    """
-    for _ in range(largest(passes) - passes):
+def empty_passes(n: int, policy: GPT, base: GPT | None = None) -> None:
+    """Take n passes over nothing, as many as other processes have rows for and this one has not:
+    they gather weights, and sum gradients, in all processes at once."""
+    for _ in range(n):
         ids_BT = torch.zeros(1, 1, dtype=torch.long, device=policy.cos.device)
         if base is not None:
             with torch.no_grad():
@@ -269,7 +268,9 @@ def load_parts(folder: Path, policy: GPT, optimizer: torch.optim.Optimizer) -> d
             kind, name, *moment = key.split("/")
             alike = weights[name] if moment != ["step"] else torch.zeros(())
             tensors[key] = torch.zeros_like(alike, device="cpu" if kind == "best" else None)
-        dcp.load(tensors, checkpoint_id=place, no_dist=processes()[1] == 1)
+        with warnings.catch_warnings():  # that one process reads: it is meant
+            warnings.simplefilter("ignore")
+            dcp.load(tensors, checkpoint_id=place)
         content = torch.load(place / "rest.pt", weights_only=True)
     except Exception as error:  # a dozen kinds, depending on which bytes are damaged
         raise ValueError(f"{place} is not a readable checkpoint ({type(error).__name__})") from None

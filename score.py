@@ -44,8 +44,8 @@ from chat import prompt
 from model import GPT
 from parallel import (
     complain,
+    empty_passes,
     first,
-    keep_up,
     largest,
     mean,
     processes,
@@ -307,18 +307,19 @@ def sft_step(run: Run) -> dict:
 
 def imitate(run: Run, parts: list[tuple[Rollout, torch.Tensor]], temperature: float) -> dict:
     """Take a step that raises the likelihood of the masked tokens, each counting the same."""
-    c, summed, passes = run.config, 0.0, 0
+    c, summed = run.config, 0.0
     tokens = total(sum(mask_BS.sum() for _, mask_BS in parts))
     run.optimizer.zero_grad()
-    for r, mask_BS in parts:
-        for at in slices(len(r.ids_BT), c.micro_batch):
-            part = r.rows(at)
-            with computing(c):
-                logp_BS = token_logp(run.policy, part, temperature, c.chunk)
-            loss = loss_sft(logp_BS, mask_BS[at, : logp_BS.shape[1]]).sum() / tokens
-            loss.backward()
-            summed, passes = summed + loss.item(), passes + 1
-    keep_up(passes, run.policy)
+    passes = [(*part, at) for part in parts for at in slices(len(part[1]), c.micro_batch)]
+    most = largest(len(passes))
+    for r, mask_BS, at in passes:
+        part = r.rows(at)
+        with computing(c):
+            logp_BS = token_logp(run.policy, part, temperature, c.chunk)
+        loss = loss_sft(logp_BS, mask_BS[at, : logp_BS.shape[1]]).sum() / tokens
+        loss.backward()
+        summed += loss.item()
+    empty_passes(most - len(passes), run.policy)
     return {"loss": total(summed), "grad_norm": descend(run)}
 
 
@@ -430,6 +431,7 @@ def rl_step(run: Run, phase: Phase) -> dict:
     run.optimizer.zero_grad()
     kl, gap = torch.zeros(phase.attempts, dtype=torch.float64), 0.0
     passes = slices(len(r.ids_BT), c.micro_batch)
+    most = largest(len(passes))
     for at in passes:
         part = r.rows(at)
         with computing(c):
@@ -438,7 +440,7 @@ def rl_step(run: Run, phase: Phase) -> dict:
         (loss_B.sum() / B).backward()
         gap = max(gap, sampler_gap(logp_BS.detach(), part))
         kl += torch.stack([kl_B.detach().sum() for kl_B in kls]).cpu()
-    keep_up(len(passes), run.policy, anchor)
+    empty_passes(most - len(passes), run.policy, anchor)
     grad_norm, kl, gap = descend(run), total(kl), largest(gap)
 
     kl1, kl2, *kl3 = (kl / torch.tensor([max(1, own), *[B] * (len(kl) - 1)])).tolist()
