@@ -209,8 +209,8 @@ NEW, NOW, OLD = "checkpoint.part", "checkpoint", "checkpoint.old"  # whole: NOW;
 def save_parts(content: dict, folder: Path) -> None:
     """Write a run's checkpoint as a folder of parts, one of each process; then remove the last one.
 
-    It is written under another name and renamed when it is whole, so that there is always a whole
-    one. content: policy and best (weights by name, or None), optimizer, and what else is to be kept.
+    It is written under another name and renamed when it is whole, so that there always is a whole
+    one. content: policy and best (weights by name, or None), optimizer, and all else to be kept.
     """
     import torch.distributed.checkpoint as dcp
 

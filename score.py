@@ -331,7 +331,9 @@ def slices(n: int, size: int) -> list[slice]:
 def descend(run: Run) -> float:
     """Clip the gradient and take the optimiser's step; return the norm that the gradient had."""
     weights = list(run.policy.parameters())
-    norm = whole_tensor(torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None]))
+    norm = whole_tensor(
+        torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+    )
     if not norm.isfinite():
         raise RuntimeError(f"the gradient's norm is {norm.item()}")
     torch.nn.utils.clip_grads_with_norm_(weights, run.config.clip, norm)

@@ -3,18 +3,20 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from test_run import StopAfter, options
+from test_run import StopAfter, options, refused
 from test_score import TINY
 from truth import ROOT
 
@@ -30,8 +32,8 @@ SMALL = TINY | dict(
 STEPS = 4 + 3 + 3
 
 
-def in_processes(n, work, *words):
-    """Do some work in n processes, started as torchrun does; return their exit statuses."""
+def in_processes(n, work, *words, together=parallel.together):
+    """Do some work in n processes, as torchrun starts them; return their exit statuses."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -39,7 +41,7 @@ def in_processes(n, work, *words):
     def begin(i):
         os.environ |= dict(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE=str(n),
                            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
-        with parallel.together():
+        with together():
             work(*words)
 
     context = multiprocessing.get_context("fork")
@@ -82,7 +84,7 @@ def settle(settings, tied=False, half=False):
         return descends(run)
 
     runs.GPT = lambda c, **more: GPT(replace(c, tied_head=tied), **more).double()
-    score.grade, score.descend = grade, descend
+    score.grade, score.descend, score.BLOCK = grade, descend, 2
     score.frozen = runs.frozen = lambda policy, c: frozen(policy, SimpleNamespace(**wide(c)))
     return runs.Config(**SMALL | settings), gradients
 
@@ -119,11 +121,16 @@ def assert_same_run(found, expected, method="score", bound=1e-9):
         for step, gradient in enumerate(y):
             for name, g in gradient.items():
                 torch.testing.assert_close(x[step][name], g, rtol=bound, atol=bound)
-    spent = [[json.loads(line) for line in (folder / "speed.jsonl").read_text().splitlines()]
-             for folder in (found, expected)]  # fmt: skip
-    for x, y in zip(*spent, strict=True):
-        for name in ("phase", "step", "tokens", "episodes", "timeouts"):
-            assert x.get(name) == y.get(name)
+    assert spent(found) == spent(expected)
+
+
+def spent(folder):
+    """Return what the steps took, of what is the same at all times; steps taken twice, once."""
+    rows = [json.loads(line) for line in (folder / "speed.jsonl").read_text().splitlines()]
+    return {
+        (row["phase"], row["step"]): [row.get(x) for x in ("tokens", "episodes", "timeouts")]
+        for row in rows
+    }
 
 
 @pytest.mark.parametrize(
@@ -139,7 +146,7 @@ def assert_same_run(found, expected, method="score", bound=1e-9):
     ids=["all memory savers", "three, tied", "no verdict", "imitation", "three turns", "k1"],
 )  # fmt: skip
 def test_many_processes_do_what_one_does(tmp_path, n, settings, tied, half):
-    """All gradients, the log and every phase's weights; "no verdict": in all rows of one process."""
+    """All gradients, the log, every phase's weights; "no verdict": in all rows of a process."""
     for name, m in (("one", 1), ("many", n)):
         assert in_processes(m, whole_run, tmp_path / name, settings, tied, half) == [0] * m
     assert_same_run(tmp_path / "many", tmp_path / "one", settings.get("method", "score"))
@@ -169,14 +176,147 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("numbers", [(1, 2), (2, 1), (2, 3, 1, 2)])
+@pytest.mark.parametrize("numbers", [(1, 2), (2, 1), (2, 3, 1, 2)], ids=str)
 def test_a_run_goes_on_in_another_number_of_processes(tmp_path, uninterrupted, numbers):
-    """Stopped after two steps each time: in every phase, in the middle and at the seam."""
-    for n in numbers:
-        steps = 1 if len(numbers) > 2 else 5
-        if n is not numbers[-1]:
-            assert in_processes(n, some_steps, tmp_path / "run", steps) == [0] * n
-            kept = {path.name for path in (tmp_path / "run").glob("checkpoint*")}
-            assert kept == {"checkpoint.pt" if n == 1 else "checkpoint"}
-    assert in_processes(numbers[-1], some_steps, tmp_path / "run", 1000) == [0] * numbers[-1]
-    assert_same_run(tmp_path / "run", uninterrupted)
+    """In every phase, and where the last one has best weights to remember."""
+    folder, last = tmp_path / "run", len(numbers) - 1
+    for i, n in enumerate(numbers):
+        steps = 1000 if i == last else 2 if last > 1 else 9
+        assert in_processes(n, some_steps, folder, steps) == [0] * n
+        kept = {path.name for path in folder.glob("checkpoint*")}
+        assert kept == {"checkpoint.pt" if n == 1 else "checkpoint"}
+    assert_same_run(folder, uninterrupted)
+
+
+def die_writing(folder, how):
+    """Go on with a run until its next checkpoint, of which only a part gets written."""
+    settle({})
+    run = runs.restore(folder)
+    if how == "parts":  # one process is killed before its part is written
+        if parallel.processes()[0] == 1:
+            dcp.save = lambda *_, **__: os._exit(9)
+    else:  # the first process is killed between or before its renamings, or the disk fails
+        renamed, real = [], os.rename
+
+        def rename(*words):
+            renamed.append(words)
+            if how == "disk":
+                raise OSError("disk full")
+            if len(renamed) == dict(first=1, second=2)[how]:
+                os._exit(9)
+            real(*words)
+
+        os.rename = rename
+    score.train(run, threading.Event())
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parallel") / "stopped"
+    assert in_processes(2, some_steps, folder, 5) == [0, 0]
+    return folder
+
+
+@pytest.mark.parametrize("how", ["parts", "first", "second", "disk"])
+def test_a_folder_of_parts_is_whole_or_the_one_before(tmp_path, uninterrupted, stopped, how):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    before = log(folder)
+    ends = in_processes(2, die_writing, folder, how)
+    assert 0 not in ends and len(log(folder)) > len(before)
+    if how == "disk":
+        assert ends == [1, 1]  # both processes were told
+    assert in_processes(2, some_steps, folder, 1000) == [0, 0]
+    assert_same_run(folder, uninterrupted)
+
+
+@pytest.mark.parametrize("damage", ["metadata", "part", "rest", "none"])
+def test_a_damaged_folder_of_parts_is_refused_in_one_line(tmp_path, stopped, capsys, damage):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    for path in folder.glob("checkpoint/*"):
+        if damage in ("part", path.name.strip(".").split(".")[0]) and path.suffix != ".pt":
+            path.write_bytes(path.read_bytes()[:100])
+    if damage == "rest":
+        (folder / "checkpoint" / "rest.pt").unlink()
+    if damage == "none":
+        shutil.rmtree(folder / "checkpoint")
+    refused(capsys, ["--resume", str(folder)], str(folder))
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+
+
+def test_ctrl_c_under_torchrun_saves_once_and_one_process_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    longer = options(**TINY | dict(sft_steps=40, save_every=10**6))
+    process = subprocess.Popen(
+        [*TORCHRUN, "--", str(ROOT / "score.py"), "--run", str(folder), *longer], env=ENV,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
+    with process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if " 20/40" in line:
+                break
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all
+        lines += process.stdout
+    assert process.returncode != 0 and lines[0].startswith(f"{folder}: ")
+    assert sum(" 20/40" in line for line in lines) == 1
+    assert lines[-1] == f"stopped and saved; continue with: python score.py --resume {folder}\n"
+    assert 20 <= len(log(folder)) < 40
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "score.py"), "--resume", str(folder)], env=ENV, check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert "| SCoRe |" in done.stdout and len(log(folder)) == 46
+
+
+def test_torchrun_trains_evaluates_and_shows_its_table_once(tmp_path):
+    command = [*TORCHRUN, str(ROOT / "score.py"), *options(**TINY)]
+    done = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| SCoRe |") == 1 and done.stdout.count(" parameters, cpu") == 1
+    assert (tmp_path / "runs/score-seed0/report.json").is_file()
+    done = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("is left alone") == 1 and not done.stdout
+
+
+def refuse(argv):
+    sys.exit(score.main(argv))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (dict(batch=12, group=4), "--batch must be a multiple of 4 times 2 processes, got 12"),
+        (dict(sample_batch=6), "--sample-batch must be a multiple of 2 times 2 processes, got 6"),
+        (dict(sft_batch=6, base_attempts=3), "--sft-batch must be a multiple of 2 times 2"),
+        (dict(method="pair_sft"), "--method pair_sft runs in one process only, got 2"),
+        (dict(device="cuda"), "--device"),
+        (dict(colour="red"), "--colour"),
+        (dict(lr="high"), "--lr"),
+    ],
+    ids=lambda x: "" if isinstance(x, str) else "-".join(x),
+)
+def test_what_many_processes_cannot_do_is_said_once(tmp_path, capfd, settings, words):
+    argv = ["--run", str(tmp_path / "run"), *options(**TINY | settings)]
+    assert in_processes(2, refuse, argv, together=nullcontext) == [2, 2]
+    out, error = capfd.readouterr()
+    assert error.startswith("score.py: error: ") and error.count("\n") == 1 and words in error
+    assert not out and not (tmp_path / "run").exists()
+
+
+def test_one_process_is_no_group():
+    code = "import score, torch; print(torch.distributed.is_initialized(), score.processes())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "False (0, 1)\n"
+    with parallel.together() as process:
+        assert process == 0 and not torch.distributed.is_initialized()
+    rows = list(range(5))
+    assert parallel.share(rows) == parallel.share(rows, 2) == rows
+    assert parallel.total(3) == parallel.largest(3) == 3

@@ -21,7 +21,7 @@ README, NOTES, STUDY = ((ROOT / f"{name}.md").read_text() for name in ("README",
 RESULTS = ROOT / "tests/results/study"
 MODULES = (
     "algebra.py", "latex.py", "sandbox.py", "countdown.py", "verify.py", "model.py", "chat.py",
-    "rollout.py", "run.py", "score.py", "eval.py", "study.py", "figures.py",
+    "rollout.py", "parallel.py", "run.py", "score.py", "eval.py", "study.py", "figures.py",
 )  # fmt: skip
 
 
