@@ -101,6 +101,11 @@ def total(x):
     return reduced(x, "SUM")
 
 
+def count(mask: torch.Tensor) -> int:
+    """Return how many elements of a boolean tensor are true, in all processes."""
+    return total(int(mask.sum()))
+
+
 def largest(x):
     """Return the largest of a number over processes."""
     return reduced(x, "MAX")
@@ -214,16 +219,18 @@ def save_parts(content: dict, folder: Path) -> None:
     """
     import torch.distributed.checkpoint as dcp
 
-    tensors = {
-        f"{kind}/{name}": x
-        for kind in ("policy", "best")
-        for name, x in (content[kind] or {}).items()
-    }
-    for i, moments in content["optimizer"]["state"].items():
-        tensors |= {f"optimizer/{i}/{name}": x for name, x in moments.items()}
-    rest = {key: x for key, x in content.items() if key not in ("policy", "best", "optimizer")}
+    rest = dict(content)
+    tensors = dict(policy=rest.pop("policy"), optimizer=rest.pop("optimizer")["state"])
+    if rest["best"] is not None:
+        tensors["best"] = rest["best"]
+    rest |= dict(best=rest["best"] is not None, moments=len(tensors["optimizer"]) > 0)
     first(shutil.rmtree, folder / NEW, True)
-    dcp.save(tensors, checkpoint_id=folder / NEW)
+    try:
+        dcp.save(tensors, checkpoint_id=folder / NEW)
+    except (
+        dcp.CheckpointException
+    ) as error:  # raised in all processes, and by no means an Exception
+        raise OSError(f"{folder / NEW} cannot be written: {error.failures}") from None
     first(replace, folder, rest)
 
 
@@ -258,31 +265,28 @@ def load_parts(folder: Path, policy: GPT, optimizer: torch.optim.Optimizer) -> d
     """
     import torch.distributed.checkpoint as dcp
 
-    place = folder / (NOW if (folder / NOW).exists() else OLD)
-    names = policy.state_dict()
-    weights = names | {str(i): weight for i, weight in enumerate(policy.parameters())}
+    place, zeros = folder / (NOW if (folder / NOW).exists() else OLD), torch.zeros_like
     try:
-        keys = dcp.FileSystemReader(place).read_metadata().state_dict_metadata
-        tensors = {}
-        for key in keys:
-            kind, name, *moment = key.split("/")
-            alike = weights[name] if moment != ["step"] else torch.zeros(())
-            tensors[key] = torch.zeros_like(alike, device="cpu" if kind == "best" else None)
+        dcp.FileSystemReader(place).read_metadata()  # if it is damaged, `load` says so at length
+        content = torch.load(place / "rest.pt", weights_only=True)
+        weights = {name: zeros(x) for name, x in policy.state_dict().items()}
+        tensors = dict(policy=weights, optimizer={})
+        if content.pop("moments"):
+            for i, w in enumerate(policy.parameters()):
+                moments = dict(step=torch.zeros(()), exp_avg=zeros(w), exp_avg_sq=zeros(w))
+                tensors["optimizer"][i] = moments
+        if content.pop("best"):
+            tensors["best"] = {name: zeros(x).cpu() for name, x in weights.items()}
         with warnings.catch_warnings():  # that one process reads: it is meant
             warnings.simplefilter("ignore")
             dcp.load(tensors, checkpoint_id=place)
-        content = torch.load(place / "rest.pt", weights_only=True)
-    except Exception as error:  # a dozen kinds, depending on which bytes are damaged
+    except (
+        Exception,
+        dcp.CheckpointException,
+    ) as error:  # a dozen kinds, depending on which bytes are damaged
         raise ValueError(f"{place} is not a readable checkpoint ({type(error).__name__})") from None
-    content |= dict(policy={}, best={}, optimizer=optimizer.state_dict() | {"state": {}})
-    for key, x in tensors.items():
-        kind, name, *moment = key.split("/")
-        if moment:
-            content["optimizer"]["state"].setdefault(int(name), {})[moment[0]] = x
-        else:
-            content[kind][name] = x
-    content["best"] = content["best"] or None
-    return content
+    tensors["optimizer"] = optimizer.state_dict() | {"state": tensors["optimizer"]}
+    return {"best": None} | content | tensors
 
 
 def spread(content: dict, policy: GPT) -> dict:

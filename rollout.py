@@ -377,10 +377,8 @@ def grade(
     Args:
       tally: counts verdicts by their status. processes: so many grade at once, and share the cores.
     """
-    rewards = []
-    with ThreadPoolExecutor(
-        max(1, os.cpu_count() // processes)
-    ) as pool:  # programs run in processes of their own
+    rewards, workers = [], max(1, os.cpu_count() // processes)
+    with ThreadPoolExecutor(workers) as pool:  # programs run in processes of their own
         over = pool.map if problems[0].kind == "program" else map
         for turn, cut_B in enumerate(r.truncated_BK.unbind(dim=1), 1):
             answers = texts(r, turn, format)

@@ -44,6 +44,7 @@ from chat import prompt
 from model import GPT
 from parallel import (
     complain,
+    count,
     empty_passes,
     first,
     largest,
@@ -308,7 +309,7 @@ def sft_step(run: Run) -> dict:
 def imitate(run: Run, parts: list[tuple[Rollout, torch.Tensor]], temperature: float) -> dict:
     """Take a step that raises the likelihood of the masked tokens, each counting the same."""
     c, summed = run.config, 0.0
-    tokens = total(sum(mask_BS.sum() for _, mask_BS in parts))
+    tokens = total(sum(int(mask_BS.sum()) for _, mask_BS in parts))
     run.optimizer.zero_grad()
     passes = [(*part, at) for part in parts for at in slices(len(part[1]), c.micro_batch)]
     most = largest(len(passes))
@@ -331,9 +332,8 @@ def slices(n: int, size: int) -> list[slice]:
 def descend(run: Run) -> float:
     """Clip the gradient and take the optimiser's step; return the norm that the gradient had."""
     weights = list(run.policy.parameters())
-    norm = whole_tensor(
-        torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
-    )
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    norm = whole_tensor(torch.nn.utils.get_total_norm(gradients))
     if not norm.isfinite():
         raise RuntimeError(f"the gradient's norm is {norm.item()}")
     torch.nn.utils.clip_grads_with_norm_(weights, run.config.clip, norm)
@@ -406,7 +406,7 @@ def collect(run: Run, author: GPT, **more) -> tuple[Rollout, list, list[torch.Te
     rewards = grade(r, problems, c.format(), tally := Counter(), processes()[1])
     run.clock |= dict(
         sampling_s=sampled - start, judging_s=time.monotonic() - sampled, episodes=c.batch,
-        tokens=total(int((r.turn_BS > 0).sum())), timeouts=total(tally["timeout"]),
+        tokens=count(r.turn_BS > 0), timeouts=total(tally["timeout"]),
     )  # fmt: skip
     keep_B = all_judged(sum(rewards), c.group)
     judged = [problems[i] for i in keep_B.nonzero()[:, 0].tolist()]
@@ -425,8 +425,8 @@ def rl_step(run: Run, phase: Phase) -> dict:
         offline1_B = rows_B < round(c.offline * (c.batch // c.group)) * c.group
         more |= dict(author1=whole(run.base), offline1_B=offline1_B)
     r, _, rewards, dropped = collect(run, run.policy, **more)
-    B, own = total(len(r.ids_BT)), total(int((~r.offline1_B).sum()))
-    if not own and not ("offline1_B" in more and more["offline1_B"].all()):
+    B, own = total(len(r.ids_BT)), count(~r.offline1_B)
+    if not own and ("offline1_B" not in more or count(~more["offline1_B"])):
         raise RuntimeError("no verdict on any problem whose first attempt is the policy's own")
     anchor = run.previous if phase.objective == "stage1b" else run.base
 
@@ -480,7 +480,7 @@ def summary(r: Rollout, rewards: list[torch.Tensor]) -> dict:
     """Return what is logged of sampled attempts; accuracies of the rows whose first attempt is the
     sampled policy's own, if there are any; entropies in nats a token, estimated by the samples."""
     own_B = ~r.offline1_B
-    of_B = own_B if total(int(own_B.sum())) else r.offline1_B
+    of_B = own_B if count(own_B) else r.offline1_B
     acc_t1, acc_t2 = (mean(x[of_B]) for x in rewards[:2])
     changed = [a != b for a, b in zip(written(r, 1), written(r, 2), strict=True)]
     cut1, cut2 = (mean(cut_B.float()) for cut_B in r.truncated_BK[:, :2].unbind(dim=1))
@@ -556,7 +556,7 @@ def all_judged(reward_B, G: int):
     tensor([ True,  True, False, False])
     """
     keep_B = reward_B.isfinite().view(-1, G).all(dim=1).repeat_interleave(G)
-    if not total(int(keep_B.sum())):
+    if not count(keep_B):
         raise RuntimeError("no verdict on any problem of the batch: the verifier has failed")
     return keep_B
 
