@@ -5,9 +5,10 @@ takes its share of every batch, whole groups; sums over rows are sums over proce
 gradients and the optimiser's moments are split by torch's FSDP2, and a checkpoint is a folder that
 each process writes its part of. Sampling is done on the whole weights, gathered once a step, as
 processes end their attempts at different times. All processes draw the same random numbers, so a
-run does, but for the rounding of sums, the same on any number of processes.
+run does, but for the rounding of sums, the same on any number of processes, and can be continued
+on any. What stops torchrun gives a step --shutdown-timeout seconds, 30 by default, to end and save.
 
-    torchrun --nproc-per-node 2 score.py
+    torchrun --nproc-per-node 2 -- score.py --run runs/two
     python -c "import parallel; print(parallel.processes())"
 """
 

@@ -1,8 +1,9 @@
 """What is a run? Its settings, its phases, its folder, and checkpoints that are whole or absent.
 
 Nothing here is needed to understand SCoRe; `score.py` is the method and its loop. A folder holds
-config.json, log.jsonl (a line a step), checkpoint.pt (all that the next step depends on), one
-<phase>.pt of weights for each finished phase, and eval.py's report.json.
+config.json, log.jsonl (a line a step), checkpoint.pt (all that the next step depends on; where
+several processes train, a folder, `checkpoint`), one <phase>.pt of weights for each finished phase,
+and eval.py's report.json.
 
     python score.py --help                   # every setting, its default and what it accepts
     python score.py --resume runs/score-seed0

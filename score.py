@@ -14,6 +14,7 @@ of the frozen *base* model, in both stages. README.md lists what the paper leave
     python score.py                          # base, Stage I, Stage II, table: minutes on a laptop
     python score.py --method multi_turn      # the control: no Stage I, no bonus
     python score.py --resume runs/score-seed0
+    torchrun --nproc-per-node 8 score.py     # a part of the rows and the weights in each process
 
 Symbols: alpha weight of the progress bonus, beta1 of the KL everywhere, beta2 of Stage I's anchor.
 Dimension key: B rows (rollouts), G rows of each problem, side by side; S scored positions;
