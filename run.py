@@ -141,6 +141,7 @@ class Config:
     chunk: int = knob(0, "positions whose laws are in memory at a time; 0: all", 0, 2**20)
     recompute: bool = knob(False, "compute blocks again in the backward pass")
     # reports
+    tensorboard: bool = knob(False, "write what is logged for TensorBoard, too")
     eval_n: int = knob(2000, "held-out problems in the final table", 1, 10**6)
     save_every: int = knob(100, "steps between checkpoints", 1, 10**9)
 
@@ -428,6 +429,7 @@ class Run:
     sampler: torch.Generator
     progress: Progress
     clock: dict = field(default_factory=dict)  # what the step at hand took
+    board: object | None = None  # TensorBoard's writer, if asked for
 
 
 def new_run(c: Config, folder: Path) -> Run:
@@ -485,8 +487,35 @@ def device(name: str) -> torch.device:
 
 
 def new_optimizer(policy: GPT) -> torch.optim.Optimizer:
-    """Return a fresh AdamW, as every phase starts with; its rate is set at each step."""
-    return torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    """Return a fresh AdamW, as every phase starts with; its rate is set at each step.
+
+    Of a `lean` model it is the fused one, which makes no copies of a matrix's size.
+    """
+    return torch.optim.AdamW(
+        policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=policy.lean or None
+    )
+
+
+def steps_before(run: Run) -> int:
+    """Return how many steps the phases before the run's present one were given."""
+    return sum(phase.steps for phase in schedule(run.config)[: run.progress.phase])
+
+
+def open_board(run: Run) -> None:
+    """Let a run that asks for it write for TensorBoard, on from where it stands."""
+    if not run.config.tensorboard or processes()[0]:
+        return
+    at = steps_before(run) + run.progress.step + 1  # what was shown from here on is shown anew
+    run.board = summary_writer()(str(run.folder / "tensorboard"), purge_step=at)
+
+
+def summary_writer() -> type:
+    """Return TensorBoard's writer; ValueError if it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs: pip install tensorboard==2.21.0") from None
+    return SummaryWriter
 
 
 # --- files: checkpoints that are whole or absent --------------------------------------------------
@@ -557,6 +586,8 @@ def save_weights(policy: GPT, about: dict, path: Path) -> None:
 def create(c: Config, folder: Path, base: Path | None = None) -> Run:
     """Start a run in a folder that must not exist yet, if asked with the base of another run."""
     check_shares(c)
+    if c.tensorboard:
+        summary_writer()
     run = new_run(c, folder)
     draw(c, c.eval_n, "test", np.random.default_rng(0))
     draw_training(c, c.batch // c.group, np.random.default_rng(0))

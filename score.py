@@ -84,11 +84,13 @@ from run import (
     frozen,
     needs_previous,
     new_optimizer,
+    open_board,
     parse,
     restore,
     save_checkpoint,
     save_weights,
     schedule,
+    steps_before,
 )
 
 # --- the equations: pure functions of plain tensors -----------------------------------------------
@@ -592,10 +594,13 @@ def train(run: Run, stop: threading.Event) -> bool:
     with open(path if processes()[0] == 0 else os.devnull, "r+b") as log:
         first(log.truncate, run.progress.log_bytes)  # what was logged after the last checkpoint
         log.seek(run.progress.log_bytes)
+        open_board(run)
         for phase in schedule(run.config)[run.progress.phase :]:
             if not train_phase(run, phase, log, stop):
-                return False
-    return True
+                break
+        if run.board is not None:
+            run.board.close()
+    return run.progress.phase == len(schedule(run.config))
 
 
 def train_phase(run: Run, phase: Phase, log: BinaryIO, stop: threading.Event) -> bool:
@@ -610,7 +615,7 @@ def train_phase(run: Run, phase: Phase, log: BinaryIO, stop: threading.Event) ->
         started = time.monotonic()
         row = step(run, phase)
         p.step += 1
-        note_speed(run, phase, time.monotonic() - started)
+        note_speed(run, phase, row, time.monotonic() - started)
         if phase.objective not in SUPERVISED:
             judge_block(run, phase, row)
         line = json.dumps({"phase": phase.name, "step": p.step, **row}) + "\n"
@@ -703,9 +708,10 @@ def finish_phase(run: Run, phase: Phase) -> None:
     run.progress = Progress(phase=p.phase + 1, beta2=p.beta2, log_bytes=p.log_bytes)
 
 
-def note_speed(run: Run, phase: Phase, seconds: float) -> None:
+def note_speed(run: Run, phase: Phase, log: dict, seconds: float) -> None:
     """Add a line to speed.jsonl: what a step took. It is kept apart from log.jsonl, which is the
-    same whenever the run is, and is not cut back when a run goes on from a checkpoint."""
+    same whenever the run is, and is not cut back when a run goes on from a checkpoint. TensorBoard,
+    if asked for, is shown both."""
     row = dict(phase=phase.name, step=run.progress.step, seconds=seconds) | run.clock
     if "tokens" in row:
         row |= dict(
@@ -719,6 +725,10 @@ def note_speed(run: Run, phase: Phase, seconds: float) -> None:
     run.clock = {}
     with open(run.folder / "speed.jsonl" if processes()[0] == 0 else os.devnull, "a") as file:
         file.write(json.dumps(row) + "\n")
+    if run.board is not None:
+        for name, x in (log | row).items():
+            if isinstance(x, (int, float)):
+                run.board.add_scalar(name, x, steps_before(run) + run.progress.step)
 
 
 RL_COST = 4.0  # seconds of a reinforcement step for one of a supervised step, before it is measured

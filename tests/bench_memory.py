@@ -20,7 +20,9 @@ from pathlib import Path
 import torch
 from truth import ROOT
 
-import model
+sys.path.insert(0, str(ROOT))
+
+import model  # noqa: E402
 import rollout
 import run as runs
 import score
@@ -50,7 +52,7 @@ def measure(width: int, tokens: int, chunk: int, recompute: bool) -> dict:
     c = runs.Config(batch=ROWS, group=2, micro_batch=MICRO, chunk=chunk, recompute=recompute)
     policy = model.GPT(config)
     policy.recompute = policy.lean = recompute
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
+    optimizer = runs.new_optimizer(policy)
     run = runs.Run(
         c, Path(), policy, runs.frozen(policy, c), None, optimizer, None, None, None,
         runs.Progress(),

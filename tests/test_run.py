@@ -320,3 +320,31 @@ def test_a_finished_run_resumes_to_its_table(tmp_path):
     )  # fmt: skip
     assert "| SCoRe |" in done.stdout and time.monotonic() - start < 60
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
+
+
+def test_tensorboard_is_shown_every_step_once(tmp_path):
+    """Also those that a run takes again after it was stopped; and without it an error says how."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    c = runs.Config(**TINY, tensorboard=True)
+    now = threading.Event()
+    now.set()
+    run = runs.create(c, tmp_path / "run")
+    while not score.train(run, now):
+        run = runs.restore(tmp_path / "run")
+    shown = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    shown.Reload()
+    log = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [e.step for e in shown.Scalars("grad_norm")] == list(range(1, len(log) + 1))
+    for name in ("acc_t2", "kl1", "entropy2"):
+        steps = [(i, row[name]) for i, row in enumerate(log, 1) if name in row]
+        found = [(e.step, pytest.approx(e.value)) for e in shown.Scalars(name)]
+        assert steps == found and len(found) == 6
+    assert {"seconds", "peak_mib", "episodes_per_s"} <= set(shown.Tags()["scalars"])
+
+
+def test_tensorboard_that_is_not_installed_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    argv = ["--run", str(tmp_path / "run"), "--tensorboard", *options(**TINY)]
+    assert score.main(argv) == 2 and not (tmp_path / "run").exists()
+    assert "pip install tensorboard==" in capsys.readouterr().err

@@ -158,19 +158,23 @@ def test_a_seed_or_a_method_given_twice_counts_once():
     ]  # fmt: skip
 
 
-def test_a_damaged_result_is_measured_again_and_a_run_is_worked_on_by_one(finished, tmp_path):
+def test_a_damaged_result_is_measured_again_and_a_run_is_worked_on_by_one(
+    finished, tmp_path, monkeypatch
+):
     folder = tmp_path / "base-seed0"
     shutil.copytree(finished[0] / "runs/study-addition/base-seed0", folder)
     job = study.Job("base", runs.read_about(folder)[0], folder, None)
     path = folder / "study-test-40.json"
     whole = json.loads(path.read_text())
     path.write_text(path.read_text()[:100])
+    started, restore = [], study.restore
+    monkeypatch.setattr(study, "restore", lambda path: started.append(path) or restore(path))
     lock = open(tmp_path / "base-seed0.lock", "w")
     fcntl.flock(lock, fcntl.LOCK_EX)  # as another process that works on the run
     worker = threading.Thread(target=study.work, args=(job, 40, "test"))
     worker.start()
     worker.join(1.0)
-    assert worker.is_alive() and study.read(path) is None
+    assert worker.is_alive() and not started and study.read(path) is None
     lock.close()
     worker.join()
     assert without_clock(study.read(path)) == without_clock(whole)
