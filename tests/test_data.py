@@ -1,5 +1,6 @@
 """From an open checkpoint and files of problems to a report: the whole way, at a tiny size."""
 
+import gzip
 import json
 import os
 import re
@@ -40,14 +41,12 @@ HUMANEVAL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Return the folder of a Qwen2 model with random weights and a small tokenizer of its kind."""
+def make_checkpoint(folder: Path) -> None:
+    """Write a Qwen2 model with random weights and a small tokenizer of its kind."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, trainers
     from tokenizers import pre_tokenizers as cut
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    folder = tmp_path_factory.mktemp("qwen2")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer, tokenizer.decoder = normalizers.NFC(), decoders.ByteLevel()
     split = cut.Split(Regex(chat.QWEN2), "isolated", invert=False)
@@ -68,6 +67,11 @@ def checkpoint(tmp_path_factory):
         tie_word_embeddings=True, rope_theta=1e6,
     )).save_pretrained(folder)  # fmt: skip
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    make_checkpoint(folder := tmp_path_factory.mktemp("qwen2"))
     return folder
 
 
@@ -77,11 +81,18 @@ def rows_of(folder: Path, kind: str) -> dict[str, str]:
               "mbpp": ("mbpp/mbpp.jsonl", "humaneval/HumanEval.jsonl.gz")}[kind]  # fmt: skip
     if DATA.exists():
         return dict(zip(("train", "test"), (str(DATA / name) for name in theirs), strict=True))
-    files = {"train": GSM8K[:40] if kind == "math" else MBPP,
-             "test": GSM8K[40:] if kind == "math" else HUMANEVAL}  # fmt: skip
+    write_rows(folder)
+    files = {"math": ("train.jsonl", "test.jsonl"), "mbpp": ("mbpp.jsonl", "HumanEval.jsonl.gz")}
+    return dict(zip(("train", "test"), (str(folder / x) for x in files[kind]), strict=True))
+
+
+def write_rows(folder: Path) -> None:
+    """Write our own rows in the formats of the data sets."""
+    files = {"train.jsonl": GSM8K[:40], "test.jsonl": GSM8K[40:], "mbpp.jsonl": MBPP,
+             "HumanEval.jsonl.gz": HUMANEVAL}  # fmt: skip
     for name, rows in files.items():
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return {name: str(folder / f"{name}.jsonl") for name in files}
+        text = "\n".join(map(json.dumps, rows)).encode()
+        (folder / name).write_bytes(gzip.compress(text) if name.endswith("gz") else text)
 
 
 SMALL = dict(

@@ -9,6 +9,7 @@ import sys
 import bench_verify
 import pytest
 import seeds
+import test_data
 from test_run import options
 from test_score import TINY
 from truth import ROOT
@@ -17,7 +18,10 @@ import figures
 import run as runs
 import study
 
-README, NOTES, STUDY = ((ROOT / f"{name}.md").read_text() for name in ("README", "NOTES", "STUDY"))
+TESTED_WITH = (ROOT / "tests/requirements.txt").read_text().split()
+README, NOTES, STUDY, SCALE = (
+    (ROOT / f"{name}.md").read_text() for name in ("README", "NOTES", "STUDY", "SCALE")
+)
 RESULTS = ROOT / "tests/results/study"
 MODULES = (
     "algebra.py", "latex.py", "sandbox.py", "countdown.py", "verify.py", "model.py", "chat.py",
@@ -27,7 +31,7 @@ MODULES = (
 
 def commands(text, indent=""):
     """Return the commands, without their comments, of lines that start with python or pip."""
-    lines = re.findall(rf"^{indent}((?:python|pip) .*)$", text, re.MULTILINE)
+    lines = re.findall(rf"^{indent}((?:python|pip|torchrun) .*)$", text, re.MULTILINE)
     return [" ".join(shlex.split(line.replace("\\", ""), comments=True)) for line in lines]
 
 
@@ -35,7 +39,7 @@ def fenced(text):
     return "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
 
 
-KNOWN = commands(fenced(README + NOTES + STUDY))
+KNOWN = commands(fenced(README + NOTES + STUDY + SCALE))
 
 
 def execute(command, folder):
@@ -43,13 +47,22 @@ def execute(command, folder):
     for part in command.split(" && "):
         words = part.split()
         if words[0] == "pip":
-            assert words[1:3] == ["install", "-r"] and (ROOT / words[3]).is_file()
+            if words[2] == "-r":
+                assert (ROOT / words[3]).is_file()
+            else:  # an optional package, of the version that is tested with
+                assert words[1] == "install" and words[2] in TESTED_WITH
             continue
         if words[:3] == ["python", "-m", "pytest"]:
             continue  # this is it
+        if words[0] == "torchrun":
+            words[:1] = ["python", "-m", "torch.distributed.run"]
+            words[words.index("score.py")] = str(ROOT / "score.py")
+            words += options(**TINY)
         assert words[0] == "python"
         status = 0
-        if words[1] == "score.py" and "--resume" not in words and "--help" not in words:
+        if "--checkpoint" in words:
+            words += test_data.words(test_data.SMALL)
+        elif words[1] == "score.py" and "--resume" not in words and "--help" not in words:
             words += options(**TINY)
         if "--study" in words:
             words += ["--seeds", "0", "--only", "score", *options(**TINY)]
@@ -66,7 +79,10 @@ def execute(command, folder):
         if "--table" in words:  # it says by its status whether all claims hold
             found = seeds.claims(json.loads(seeds.RESULTS.read_text()))
             status = 0 if all(holds for *_, holds in found) else 1
-        words[1:2] = [str(ROOT / words[1])]
+        if words[1] == "tests/bench_memory.py":
+            words += ["--width", "16", "--tokens", "16", "--out", "memory.json"]
+        if words[1] != "-m":
+            words[1] = str(ROOT / words[1])
         words[0] = sys.executable
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
         assert done.returncode == status, (command, done.stdout, done.stderr)
@@ -74,14 +90,18 @@ def execute(command, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("reader")
+    """Return the folder of a reader, who has a checkpoint and files of problems."""
+    folder = tmp_path_factory.mktemp("reader")
+    test_data.make_checkpoint(folder / "Qwen2.5-0.5B-Instruct")
+    test_data.write_rows(folder)
+    return folder
 
 
 def test_the_readmes_commands_run_in_the_order_of_the_page(folder):
     found = commands(fenced(README))
     assert found[0] == "pip install -r requirements.txt && python score.py"
     assert "pip install -r tests/requirements.txt && python -m pytest" in found
-    for command in found + commands(fenced(NOTES)) + commands(fenced(STUDY)):
+    for command in dict.fromkeys(found + commands(fenced(NOTES + STUDY + SCALE))):
         execute(command, folder)
 
 
@@ -105,17 +125,35 @@ def test_the_readmes_tables_are_those_of_the_results_file():
 
 
 def test_the_studys_tables_are_those_of_its_results():
-    """All tables of both studies, word for word; README has the first."""
-    runs_of = {}
-    for path, text in ((RESULTS / "study.json", STUDY), (RESULTS / "countdown.json", STUDY)):
-        runs_of[path.stem] = found = json.loads(path.read_text())
+    """All tables of the study and some of further ones, word for word; README has the first."""
+    parts = {
+        "study": None, "countdown": ("Methods, greedy", "Claims"), "pool": ("Methods, greedy",),
+        "three": ("Methods, greedy", "Three attempts, greedy"),
+    }  # fmt: skip
+    for name, titles in parts.items():
+        found = json.loads((RESULTS / f"{name}.json").read_text())
         tables = figures.sections(found)
-        if path.stem == "countdown":
-            tables = {key: tables[key] for key in ("Methods, greedy", "Claims")}
-        assert all(table in text for table in tables.values()), path
-    main = figures.sections(runs_of["study"])["Methods, greedy"]
-    assert main in README and figures.about(runs_of["study"]) in STUDY.replace("\n", " ")
-    assert figures.about(runs_of["countdown"]) in STUDY.replace("\n", " ")
+        assert all(tables[title] in STUDY for title in titles or tables), name
+        assert figures.about(found) in STUDY.replace("\n", " "), name
+        if name == "study":
+            assert tables["Methods, greedy"] in README
+    found = json.loads((RESULTS / "tune.json").read_text())
+    assert figures.tuning(found) in STUDY and figures.about(found) in STUDY.replace("\n", " ")
+
+
+def test_further_studies_are_of_five_seeds_and_their_own_settings():
+    for name, method, option in (
+        ("pool", "multi_turn", {"pool": 256}), ("three", "three_turn", {"base_attempts": 3}),
+    ):  # fmt: skip
+        found = json.loads((RESULTS / f"{name}.json").read_text())
+        assert {(r["name"], r["seed"]) for r in found} == {
+            (x, seed) for x in ("base", "score", method) for seed in range(5)
+        }
+        for r in found:
+            given = option | dict(method="base" if r["name"] == "base" else r["name"])
+            assert runs.Config(**r["config"]) == runs.Config(seed=r["seed"], **given)
+    rates = {r["config"]["lr"] for r in json.loads((RESULTS / "tune.json").read_text())}
+    assert rates == set(study.RATES)
 
 
 def test_the_study_has_every_method_of_five_seeds_and_the_figures_are_there():
