@@ -11,6 +11,7 @@ import sys
 import threading
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -195,16 +196,15 @@ def die_writing(folder, how):
     if how == "parts":  # one process is killed before its part is written
         if parallel.processes()[0] == 1:
             dcp.save = lambda *_, **__: os._exit(9)
-    else:  # the first process is killed between its renamings, or the disk fails
-        renamed, real = [], os.rename
+    else:  # the first process is killed between the two renamings, or the disk fails there
+        real = os.rename
 
-        def rename(*words):
-            renamed.append(words)
-            if how == "disk":
-                raise OSError("disk full")
-            if len(renamed) == 2:
+        def rename(old, new):
+            if Path(new).name == "checkpoint":
+                if how == "disk":
+                    raise OSError("disk full")
                 os._exit(9)
-            real(*words)
+            real(old, new)
 
         os.rename = rename
     score.train(run, threading.Event())
@@ -217,13 +217,14 @@ def stopped(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("how", ["parts", "second", "disk"])
+@pytest.mark.parametrize("how", ["parts", "between", "disk"])
 def test_a_folder_of_parts_is_whole_or_the_one_before(tmp_path, uninterrupted, stopped, how):
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)
     before = log(folder)
     ends = in_processes(2, die_writing, folder, how)
     assert 0 not in ends and len(log(folder)) > len(before)
+    assert (folder / "checkpoint").exists() == (how == "parts")  # else the last has another name
     if how == "disk":
         assert ends == [1, 1]  # both processes were told
     assert in_processes(2, some_steps, folder, 1000) == [0, 0]
