@@ -16,6 +16,7 @@ import contextlib
 import os
 import shutil
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -60,9 +61,19 @@ def together() -> Iterator[int]:
 
 def complain(text: str) -> None:
     """Write a line to the standard error, once, however many processes have it to say."""
-    alone = processes()[1] == 1
-    if alone or dist.distributed_c10d._get_default_store().add(text, 1) == 1:
-        print(text, file=sys.stderr)
+    i, n = processes()
+    if n > 1:
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            said = store.add(text, 1) > 1
+            for _ in range(20 if i == 0 else 0):  # it may keep the store: the others come first
+                if store.add(text, 0) < n:
+                    time.sleep(0.1)
+        except dist.DistError:  # the process that kept the store has left, and said why
+            said = True
+        if said:
+            return
+    print(text, file=sys.stderr)
 
 
 def first(do: Callable, *words) -> None:
