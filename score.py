@@ -789,7 +789,7 @@ def main(argv: list[str]) -> int:
             complain(f"score.py: error: {error}")
             return 2
     if process > 0:
-        return 0
+        os._exit(0)  # at the interpreter's own end, torch's threads abort a process now and then
     evaluator = Path(__file__).with_name("eval.py")
     return subprocess.run([sys.executable, evaluator, folder.resolve()]).returncode
 
