@@ -27,7 +27,7 @@ import torch
 import verify
 from model import GPT
 from rollout import grade, texts
-from run import Config, commit, draw, read_about, read_phase, schedule, write_json
+from run import Config, Failure, commit, draw, read_about, read_phase, schedule, write_json
 from score import all_judged, sample
 
 # --- intervals ------------------------------------------------------------------------------------
@@ -151,6 +151,14 @@ def diagnose(phases: dict) -> list[str]:
     """
     notes = []
     base, last = phases["base"], list(phases.values())[-1]
+    cut = last["truncated_t1"]
+    if cut > 0.1:
+        notes.append(
+            f"Of the first attempts {100 * cut:.0f} % were cut at the limit, and so are not right: "
+            "raise --max-new, or train the base to end its answers."
+        )
+    if last["n"] < 50:
+        return [*notes, f"{last['n']} problems are too few to say more."]
     repair = base["sampled"]["repair_rate"]
     if repair is not None and repair < 0.04:
         notes.append(
@@ -236,7 +244,7 @@ def report(folder: Path, split: str, n: int) -> dict:
     return {
         "method": c.method,
         "seed": c.seed,
-        "n": n,
+        "n": len(problems),
         "split": split,
         "seconds": sum(m["seconds"] for m in phases.values()),
         "commit": about["commit"],
@@ -261,7 +269,9 @@ def printable(text: str, most: int = 600) -> str:
 
 def show(r: dict) -> None:
     """Print a report."""
-    print(f"\n{r['n']:,} held-out problems ({r['split']}), greedy, seed {r['seed']}; "
+    unjudged = max(m["unjudged"] for m in r["phases"].values())
+    without = f", up to {unjudged} without a verdict" if unjudged else ""
+    print(f"\n{r['n']:,} held-out problems ({r['split']}){without}, greedy, seed {r['seed']}; "
           "per cent [95 % interval]\n")  # fmt: skip
     print(table(r["phases"]))
     for t in r["transcripts"]:
@@ -316,7 +326,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("eval.py: stopped, nothing written", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Failure) as error:
         print(f"eval.py: error: {error}", file=sys.stderr)
         return 2
     show(r)

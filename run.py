@@ -27,7 +27,7 @@ import torch
 import countdown
 import parallel
 import verify
-from chat import Format, format_of
+from chat import Format, format_of, prompt
 from model import GPT, GPTConfig, config_from
 from parallel import first, processes, shard, whole, whole_tensor
 
@@ -46,14 +46,14 @@ PRESETS = {  # of the command line: where a task's or a data set's defaults diff
     "math": dict(
         task="math", lr=5e-6, stage1_steps=1500, stage2_steps=1500, batch=512, alpha=10.0,
         beta1=0.01, beta2=0.1, temperature=1.0, sft_steps=0, sft_lr=1e-5, sft_batch=64,
-        sft_warmup=10, max_new=1024, dtype="bfloat16", micro_batch=8, sample_batch=512,
-        recompute=True, chunk=128,
+        sft_warmup=10, save_every=20, max_new=1024, dtype="bfloat16", micro_batch=8,
+        sample_batch=512, recompute=True, chunk=128,
     ),
     "mbpp": dict(
         task="code", lr=1e-5, stage1_steps=750, stage2_steps=750, batch=128, alpha=10.0,
         beta1=0.01, beta2=0.25, temperature=1.0, sft_steps=0, sft_lr=1e-5, sft_batch=64,
-        sft_warmup=10, max_new=512, dtype="bfloat16", micro_batch=8, sample_batch=512,
-        recompute=True, chunk=128,
+        sft_warmup=10, save_every=20, max_new=512, dtype="bfloat16", micro_batch=8,
+        sample_batch=512, recompute=True, chunk=128,
     ),
 }  # fmt: skip
 TOYS, DATA = ("addition", "countdown"), ("math", "code")
@@ -124,7 +124,7 @@ class Config:
     warmup: int = knob(20, "steps of linear warm-up in each stage", 0, 10**9)
     clip: float = knob(1.0, "limit of the gradient's norm", 1e-9, 1e9)
     temperature: float = knob(1.0, "of the samples and of all log-probabilities", 0.01, 100)
-    max_new: int = knob(0, "limit of an attempt, in tokens; 0: just enough", 0, 2**20)
+    max_new: int = knob(0, "limit of an attempt, in tokens; 0: a toy's longest", 0, 2**20)
     alpha: float = knob(10.0, "weight of the progress bonus in SCoRe's Stage II", 0, 1e6)
     beta1: float = knob(0.01, "weight of the KL to the base, both turns and stages", 0, 1e6)
     beta2: float = knob(4.0, "weight of the KL that holds attempt 1 in Stage I", 0, 1e6)
@@ -136,7 +136,7 @@ class Config:
     iterations: int = knob(3, "how often STaR samples anew from what it has become", 1, 1000)
     select: str = knob("best", "which weights the last phase keeps", choices=("best", "last"))
     # memory and precision
-    dtype: str = knob("float32", "of computing; weights stay float32", choices=DTYPES)
+    dtype: str = knob("float32", "of matrix products; weights stay float32", choices=DTYPES)
     sample_batch: int = knob(0, "rows sampled at a time, whole groups; 0: all", 0, 2**20)
     chunk: int = knob(0, "positions whose laws are in memory at a time; 0: all", 0, 2**20)
     recompute: bool = knob(False, "compute blocks again in the backward pass")
@@ -205,6 +205,9 @@ class Config:
     def model(self) -> GPTConfig:
         """Return the sizes of the model; a toy's must hold a prompt and ten attempts."""
         if self.checkpoint:
+            if not Path(self.checkpoint).is_dir():
+                raise ValueError(f"--checkpoint must be a local folder (nothing is downloaded), "
+                                 f"got {self.checkpoint}")  # fmt: skip
             return config_from(Path(self.checkpoint))
         return GPTConfig(
             self.format().tokenizer.encoding.n_vocab, self.n_layer, self.n_head, self.n_kv_head,
@@ -219,7 +222,10 @@ def draw(c: Config, n: int, split: str, rng: np.random.Generator) -> list[verify
     if c.task in DATA:
         rows = given(c.task, c.train, c.test)[split]
         if n > len(rows) and split == "train":
-            raise ValueError(f"--train {c.train}: a step needs {n} problems, it has {len(rows)}")
+            raise ValueError(
+                f"--train {c.train}: a step needs {n} problems (--batch / --group, --sft-batch, "
+                f"--pool); it has {len(rows)}, without a tenth for dev and those in --test"
+            )
         return [rows[i] for i in rng.permutation(len(rows))[:n]]
     if c.task == "countdown":
         drawn = countdown.problems(n, split, rng, c.numbers, c.largest, c.split_seed)
@@ -238,7 +244,11 @@ def given(task: str, train: str, test: str) -> dict[str, list[verify.Problem]]:
     """
     kind, files = {"math": "math", "code": "program"}[task], {}
     for path in (train, test):
-        files[path] = verify.load(path)
+        try:
+            files[path] = verify.load(path)
+        except OSError as error:
+            raise ValueError(f"--train and --test must be files of problems (.jsonl, .json, "
+                             f".jsonl.gz): {error}") from None  # fmt: skip
         others = {problem.kind for problem in files[path]} - {kind}
         if others:
             raise ValueError(f"{path} holds problems of kind {others.pop()}, not {kind}")
@@ -269,6 +279,10 @@ def documents(c: Config, n: int, rng: np.random.Generator, clean: bool) -> list[
     if c.task == "countdown":
         return countdown.corpus(n, rng, c.numbers, c.largest, **shares)
     return verify.corpus(n, rng, c.digits, **shares)
+
+
+class Failure(RuntimeError):
+    """A run cannot go on, for a reason that one line can tell."""
 
 
 class Phase(NamedTuple):
@@ -359,16 +373,21 @@ def parse(argv: list[str]) -> tuple[Config | None, Path, Path | None]:
         prog="score.py", usage=argparse.SUPPRESS, description="Train SCoRe.",
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("--run", type=Path, help="folder to create (default: runs/METHOD-seedSEED)")
+    parser.add_argument("--run", type=Path, help="folder to create (default: runs/METHOD-seedSEED; "
+                        "of other tasks: runs/TASK-METHOD-seedSEED)")  # fmt: skip
     parser.add_argument("--resume", type=Path, metavar="RUN", help="continue this run, and no more")
     parser.add_argument("--base", type=Path, metavar="RUN", help="start from the base of this run")
-    parser.add_argument("--preset", choices=("math", "mbpp"), help="the paper's settings")
+    parser.add_argument(
+        "--preset", choices=("math", "mbpp"), help="the paper's settings for MATH or MBPP, and our "
+        "choice of what it leaves open; --task math and code imply them",
+    )  # fmt: skip
     for f in fields(Config):
         option, low, high = "--" + f.name.replace("_", "-"), f.metadata["low"], f.metadata["high"]
         accepted = "" if low is None else f"; {low:.10g} to {high:.10g}"
         for name, preset in PRESETS.items():
             accepted += f"; {name}: {preset[f.name]}" if f.name in preset else ""
-        text = f"{f.metadata['help']} (default: {f.default}{accepted})"
+        default = "none" if f.default == "" else f.default
+        text = f"{f.metadata['help']} (default: {default}{accepted})"
         if f.type is bool:
             either = argparse.BooleanOptionalAction
             parser.add_argument(option, action=either, help=text)
@@ -383,7 +402,23 @@ def parse(argv: list[str]) -> tuple[Config | None, Path, Path | None]:
         if args or folder is not None or base is not None or preset is not None:
             raise ValueError("--resume takes all settings from the run: give no other option")
         return None, resume, None
-    config = Config(**PRESETS.get(preset or args.get("task"), {}) | args)
+    task = args.get("task", PRESETS[preset]["task"] if preset else "addition")
+    preset = preset or {"code": "mbpp"}.get(task, task)
+    if PRESETS.get(preset, {}).get("task", task) != task:
+        raise ValueError(f"--preset {preset} is for --task {PRESETS[preset]['task']}, got {task}")
+    if task in DATA:
+        missing = [x for x in ("checkpoint", "train", "test") if not args.get(x)]
+        if missing:
+            raise ValueError(f"--task {task} needs --checkpoint FOLDER, --train FILE and --test "
+                             f"FILE: no --{missing[0]} was given")  # fmt: skip
+        names = [f.name for f in fields(Config)]
+        toys = names[names.index("digits") : names.index("qkv_bias") + 1]
+        toys += names[names.index("forget") : names.index("base_attempts") + 1]
+        for name in toys:
+            if name in args:
+                raise ValueError(f"--{name.replace('_', '-')} is for the toys: with --task {task} "
+                                 "the model is the checkpoint's")  # fmt: skip
+    config = Config(**PRESETS.get(preset, {}) | args)
     task = "" if config.task == "addition" else f"{config.task}-"
     return config, folder or Path("runs") / f"{task}{config.method}-seed{config.seed}", base
 
@@ -597,6 +632,7 @@ def create(c: Config, folder: Path, base: Path | None = None) -> Run:
             raise ValueError(f"--train {c.train} has problems without a worked answer to imitate: "
                              f"--sft-steps must be 0, got {c.sft_steps}")  # fmt: skip
     first(check_absent, folder)
+    check_lengths(c)
     trained = None if base is None else take_base(run, base)
     run.folder = folder.with_name(folder.name + ".part")  # a run is whole or absent, too
     first(prepare, run, trained)
@@ -604,6 +640,20 @@ def create(c: Config, folder: Path, base: Path | None = None) -> Run:
     first(run.folder.rename, folder)
     run.folder = folder
     return run
+
+
+def check_lengths(c: Config) -> None:
+    """Raise ValueError if the longest problem of files and two attempts do not fit the model."""
+    if c.task not in DATA:
+        return
+    format, room = c.format(), c.model().max_positions
+    rows = [problem for rows in given(c.task, c.train, c.test).values() for problem in rows]
+    longest = sorted(rows, key=lambda problem: len(problem.prompt))[-20:]
+    tokens = max(len(prompt(format, problem)) for problem in longest)
+    tokens += 2 * c.attempt_limit() + len(format.instruction)
+    if tokens > room:
+        raise ValueError(f"--max-new {c.max_new}: a problem and two attempts take up to {tokens} "
+                         f"tokens, the checkpoint reads {room}")  # fmt: skip
 
 
 def check_absent(folder: Path) -> None:

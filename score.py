@@ -14,7 +14,7 @@ of the frozen *base* model, in both stages. README.md lists what the paper leave
     python score.py                          # base, Stage I, Stage II, table: minutes on a laptop
     python score.py --method multi_turn      # the control: no Stage I, no bonus
     python score.py --resume runs/score-seed0
-    torchrun --nproc-per-node 8 score.py     # a part of the rows and the weights in each process
+    torchrun --nproc-per-node 8 -- score.py  # a part of the rows and the weights in each process
 
 Symbols: alpha weight of the progress bonus, beta1 of the KL everywhere, beta2 of Stage I's anchor.
 Dimension key: B rows (rollouts), G rows of each problem, side by side; S scored positions;
@@ -73,6 +73,7 @@ from run import (
     DATA,
     SUPERVISED,
     Config,
+    Failure,
     Phase,
     Progress,
     Run,
@@ -338,7 +339,7 @@ def descend(run: Run) -> float:
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     norm = whole_tensor(torch.nn.utils.get_total_norm(gradients))
     if not norm.isfinite():
-        raise RuntimeError(f"the gradient's norm is {norm.item()}")
+        raise Failure(f"the gradient's norm is {norm.item()}")
     torch.nn.utils.clip_grads_with_norm_(weights, run.config.clip, norm)
     run.optimizer.step()
     return norm.item()
@@ -372,7 +373,7 @@ def check_sampler(policy: GPT, c: Config) -> None:
     the policy is sharp, is in the log of every step.)
 
     Raises:
-      RuntimeError: they differ by more than 1e-5 nats at some token (float32: 1e-3).
+      Failure: they differ by more than 1e-5 nats at some token (float32: 1e-3).
     """
     n, limit = (8, 1e-3) if c.checkpoint else (64, 1e-5)
     if not c.checkpoint:
@@ -384,7 +385,7 @@ def check_sampler(policy: GPT, c: Config) -> None:
     with torch.no_grad():
         gap = sampler_gap(score_terms(policy, policy, r, c.temperature, c.kl, c.chunk)[0], r)
     if not gap <= limit:  # also if it is not a number
-        raise RuntimeError(f"sampler and trainer disagree by {gap:.1e} nats about a token")
+        raise Failure(f"sampler and trainer disagree by {gap:.1e} nats about a token")
 
 
 def sampler_gap(logp_BS, r: Rollout) -> float:
@@ -430,7 +431,7 @@ def rl_step(run: Run, phase: Phase) -> dict:
     r, _, rewards, dropped = collect(run, run.policy, **more)
     B, own = total(len(r.ids_BT)), count(~r.offline1_B)
     if not own and ("offline1_B" not in more or count(~more["offline1_B"])):
-        raise RuntimeError("no verdict on any problem whose first attempt is the policy's own")
+        raise Failure("no verdict on any problem whose first attempt is the policy's own")
     anchor = run.previous if phase.objective == "stage1b" else run.base
 
     run.optimizer.zero_grad()
@@ -553,14 +554,14 @@ def all_judged(reward_B, G: int):
     """Return [B] booleans: does the row's problem have a verdict (a number) in all its rows?
 
     Raises:
-      RuntimeError: no problem has, so that there is nothing to learn from.
+      Failure: no problem has, so that there is nothing to learn from.
 
     >>> all_judged(torch.tensor([1., 0., float("nan"), 1.]), 2)
     tensor([ True,  True, False, False])
     """
     keep_B = reward_B.isfinite().view(-1, G).all(dim=1).repeat_interleave(G)
     if not count(keep_B):
-        raise RuntimeError("no verdict on any problem of the batch: the verifier has failed")
+        raise Failure("no verdict on any problem of the batch: the verifier has failed")
     return keep_B
 
 
@@ -623,7 +624,7 @@ def train_phase(run: Run, phase: Phase, log: BinaryIO, stop: threading.Event) ->
         log.flush()
         p.log_bytes += len(line)
         p.seconds = time.monotonic() - clock
-        if p.step % BLOCK == 0 or p.step == phase.steps:
+        if p.step % BLOCK == 0 or p.step == phase.steps or p.seconds - shown[1] > QUIET:
             pace = (p.seconds - shown[1]) / (p.step - shown[0])
             shown = p.step, p.seconds
             show_progress(run, phase, row, pace)
@@ -721,7 +722,8 @@ def note_speed(run: Run, phase: Phase, log: dict, seconds: float) -> None:
     if run.policy.embed.weight.is_cuda:
         row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
     else:
-        row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     run.clock = {}
     with open(run.folder / "speed.jsonl" if processes()[0] == 0 else os.devnull, "a") as file:
         file.write(json.dumps(row) + "\n")
@@ -731,6 +733,7 @@ def note_speed(run: Run, phase: Phase, log: dict, seconds: float) -> None:
                 run.board.add_scalar(name, x, steps_before(run) + run.progress.step)
 
 
+QUIET = 60.0  # seconds after which a line is printed, if it is not time for one anyway
 RL_COST = 4.0  # seconds of a reinforcement step for one of a supervised step, before it is measured
 
 
@@ -759,7 +762,8 @@ def show_progress(run: Run, phase: Phase, row: dict, pace: float) -> None:
             f"samples t1 {100 * row['acc_t1']:5.1f} %  t2 {100 * row['acc_t2']:5.1f} %  "
             f"delta {100 * row['delta']:+6.1f}  KL1 {row['kl1']:.3f}  KL2 {row['kl2']:.3f}"
         )
-    print(f"{line}  {left // 60:3.0f}m{left % 60:02.0f}s left", flush=True)
+    hours = f"{left // 3600:.0f}h" if left >= 3600 else ""
+    print(f"{line}  {hours}{left % 3600 // 60:3.0f}m{left % 60:02.0f}s left", flush=True)
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -785,11 +789,13 @@ def main(argv: list[str]) -> int:
             if not train(run, stop):
                 print(f"stopped and saved; continue with: python score.py --resume {folder}")
                 return 130
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, Failure) as error:
             complain(f"score.py: error: {error}")
             return 2
     if process > 0:
         os._exit(0)  # at the interpreter's own end, torch's threads abort a process now and then
+    del run  # the evaluation needs the memory
+    torch.cuda.empty_cache()
     evaluator = Path(__file__).with_name("eval.py")
     return subprocess.run([sys.executable, evaluator, folder.resolve()]).returncode
 

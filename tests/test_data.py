@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -178,6 +179,37 @@ def test_a_rollout_is_the_conversation_and_its_masks_are_the_attempts(tmp_path, 
             assert len(ids) == 24 or not cut[turn - 1]
 
 
+def test_files_have_presets_whether_named_or_not(tmp_path, checkpoint):
+    given = words(rows_of(tmp_path, "math") | dict(checkpoint=checkpoint))
+    for task, preset in (("math", "math"), ("code", "mbpp")):
+        by_task, by_preset = (
+            runs.parse([option, name, *given])[0]
+            for option, name in (("--task", task), ("--preset", preset))
+        )
+        assert by_task == by_preset and by_task.task == task
+        assert by_task.lr == {"math": 5e-6, "code": 1e-5}[task] and by_task.dtype == "bfloat16"
+    with pytest.raises(ValueError, match="is for --task math and code, and needed there"):
+        runs.Config(checkpoint=str(checkpoint))
+
+
+def test_a_checkpoint_whose_tokenizer_is_missing_leaves_no_folder(tmp_path, checkpoint, capsys):
+    shutil.copytree(checkpoint, tmp_path / "mute")
+    (tmp_path / "mute/tokenizer.json").unlink()
+    given = SMALL | rows_of(tmp_path, "math") | dict(checkpoint=tmp_path / "mute")
+    assert score.main(["--task", "math", "--run", str(tmp_path / "run"), *words(given)]) == 2
+    assert "tokenizer.json" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_unreadable_gold_answers_stop_a_run_in_one_line(tmp_path, checkpoint, capsys):
+    rows = [{"problem": f"{row['question']} ", "answer": r"\\frac{}{"} for row in GSM8K]
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = rows_of(tmp_path, "math") | dict(train=tmp_path / "bad.jsonl", checkpoint=checkpoint)
+    given |= SMALL | dict(sft_steps=0)
+    assert score.main(["--task", "math", "--run", str(tmp_path / "run"), *words(given)]) == 2
+    error = capsys.readouterr().err
+    assert "no verdict" in error and error.count("\n") == 1
+
+
 def test_what_cannot_be_imitated_is_refused(tmp_path, checkpoint):
     rows = [{"problem": row["question"], "answer": "5"} for row in GSM8K]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -203,10 +235,17 @@ def test_splits_of_files(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(task="addition"), "--checkpoint is for --task math and code"),
-        (dict(train=""), "--train is for --task math and code, and needed there, got ''"),
+        (dict(task="addition"), "--preset math is for --task math, got addition"),
+        (dict(task="code"), "--preset math is for --task math, got code"),
+        (dict(train=""), "--test FILE: no --train was given"),
+        (dict(n_layer=8), "--n-layer is for the toys"),
+        (dict(copy=0.5), "--copy is for the toys"),
+        (dict(max_new=4000), "take up to"),
         (dict(max_new=0), "--max-new must be given"),
-        (dict(checkpoint="/nowhere"), "/nowhere"),
+        (
+            dict(checkpoint="/nowhere"),
+            "a local folder (nothing is downloaded), got /nowhere",
+        ),
         (dict(sample_batch=3), "--sample-batch must be a multiple of --group"),
         (dict(train="/nowhere.jsonl"), "nowhere.jsonl"),
         (dict(batch=2**19), "a step needs 262144 problems"),

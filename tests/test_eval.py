@@ -110,9 +110,10 @@ def test_the_global_generator_and_the_order_of_calls_do_not_matter(tmp_path):
     assert evaluation.report(tmp_path / "run", "test", 30) == first
 
 
-def phases(repair, changed):
-    base = {"sampled": {"repair_rate": repair}, "changed_if_wrong": 0.5}
-    return {"base": base, "score": {"changed_if_wrong": changed}}
+def phases(repair, changed, cut=0.0, n=2000):
+    more = {"truncated_t1": cut, "n": n}
+    base = {"sampled": {"repair_rate": repair}, "changed_if_wrong": 0.5} | more
+    return {"base": base, "score": {"changed_if_wrong": changed} | more}
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,14 @@ def test_diagnosis(repair, changed, words):
     notes = evaluation.diagnose(phases(repair, changed))
     assert len(notes) == len(words)
     assert all(word in note for word, note in zip(words, notes, strict=True))
+
+
+def test_cut_attempts_and_few_problems_are_said_first():
+    notes = evaluation.diagnose(phases(0.1, 0.049, cut=0.11))
+    assert "11 % were cut" in notes[0] and "Collapsed" in notes[1]
+    assert evaluation.diagnose(phases(0.1, 0.5, cut=0.1)) == []
+    few = evaluation.diagnose(phases(0.0, 0.0, n=49))
+    assert len(few) == 1 and "49 problems are too few" in few[0]
 
 
 def test_transcripts_show_one_of_each_kind():

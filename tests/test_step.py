@@ -434,7 +434,8 @@ def test_the_report_is_greedy_on_the_named_split_and_sampled_beside_it(monkeypat
             split = str(verify.split_of(np.array([int(a)]), np.array([int(b)]))[0])
             asked.append((split, temperature))
         return evaluation.metrics(np.array([True]), np.array([True])) | {
-            "rows": [(p, "1", "1", True, True) for p in problems], "changed_if_wrong": None
+            "rows": [(p, "1", "1", True, True) for p in problems], "changed_if_wrong": None,
+            "truncated_t1": 0.0, "unjudged": 0,
         }  # fmt: skip
 
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
