@@ -269,7 +269,7 @@ def printable(text: str, most: int = 600) -> str:
 
 def show(r: dict) -> None:
     """Print a report."""
-    unjudged = max(m["unjudged"] for m in r["phases"].values())
+    unjudged = max((m["unjudged"] for m in r["phases"].values()), default=0)
     without = f", up to {unjudged} without a verdict" if unjudged else ""
     print(f"\n{r['n']:,} held-out problems ({r['split']}){without}, greedy, seed {r['seed']}; "
           "per cent [95 % interval]\n")  # fmt: skip

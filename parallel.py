@@ -248,7 +248,13 @@ def save_parts(content: dict, folder: Path) -> None:
 
 def replace(folder: Path, rest: dict) -> None:
     """Complete the new folder of parts, and let it take the place of the last checkpoint."""
-    torch.save(rest, folder / NEW / "rest.pt")
+    try:
+        with open(folder / NEW / "rest.pt", "wb") as file:
+            torch.save(rest, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:  # how torch says that the disk is full
+        raise OSError(f"{folder / NEW} cannot be written: {error}") from None
     if (folder / NOW).exists():
         shutil.rmtree(folder / OLD, ignore_errors=True)
         os.rename(folder / NOW, folder / OLD)

@@ -12,6 +12,7 @@ and eval.py's report.json.
 import argparse
 import copy
 import functools
+import hashlib
 import json
 import os
 import re
@@ -27,7 +28,7 @@ import torch
 import countdown
 import parallel
 import verify
-from chat import Format, format_of, prompt
+from chat import Format, encode_text, format_of, prompt
 from model import GPT, GPTConfig, config_from
 from parallel import first, processes, shard, whole, whole_tensor
 
@@ -235,8 +236,8 @@ def draw(c: Config, n: int, split: str, rng: np.random.Generator) -> list[verify
 
 @functools.cache
 def given(task: str, train: str, test: str) -> dict[str, list[verify.Problem]]:
-    """Return the problems of files by split: of the first file every tenth is "dev", and what also
-    stands in the second is left out.
+    """Return the problems of files by split: of the first file every tenth is "dev"; what stands in
+    it twice, or in the second, too, white space aside, is left out.
 
     Raises:
       ValueError: a file holds problems of another task, or is malformed.
@@ -252,8 +253,13 @@ def given(task: str, train: str, test: str) -> dict[str, list[verify.Problem]]:
         others = {problem.kind for problem in files[path]} - {kind}
         if others:
             raise ValueError(f"{path} holds problems of kind {others.pop()}, not {kind}")
-    tested = {problem.prompt for problem in files[test]}
-    rows = [problem for problem in files[train] if problem.prompt not in tested]
+    said = {" ".join(problem.prompt.split()) for problem in files[test]}
+    rows = []
+    for problem in files[train]:
+        words = " ".join(problem.prompt.split())
+        if words not in said:
+            rows.append(problem)
+            said.add(words)
     dev = rows[::10]
     return {
         "train": [problem for i, problem in enumerate(rows) if i % 10],
@@ -263,7 +269,7 @@ def given(task: str, train: str, test: str) -> dict[str, list[verify.Problem]]:
 
 
 def draw_training(c: Config, n: int, rng: np.random.Generator) -> list[verify.Problem]:
-    """Draw n problems to train on: fresh ones, or n of the run's pool, each at most once."""
+    """Draw n problems to train on: fresh ones, or n rows of the run's pool."""
     if not c.pool:
         return draw(c, n, "train", rng)
     pool = draw(c, c.pool, "train", np.random.default_rng(c.seed))
@@ -499,11 +505,17 @@ def computing(c: Config) -> torch.autocast:
 
 
 def frozen(policy: GPT, c: Config) -> GPT:
-    """Return a copy that is not trained, its weights in the precision that is computed in."""
+    """Return a copy that is not trained, its blocks' matrices in the precision that is computed in.
+
+    Autocast rounds these when they are used, and nothing else: so the copy computes what the policy
+    does, to the bit.
+    """
     gathered = whole(policy)
     fixed = copy.deepcopy(policy) if gathered is policy else gathered
-    for weight in fixed.requires_grad_(False).parameters():  # not the rotary tables
-        weight.data = weight.data.to(getattr(torch, c.dtype))
+    for block in fixed.requires_grad_(False).blocks:
+        for weight in block.parameters():
+            if weight.dim() == 2:
+                weight.data = weight.data.to(getattr(torch, c.dtype))
     return shard(fixed, device(c.device))
 
 
@@ -559,10 +571,13 @@ def summary_writer() -> type:
 def save(content: dict, path: Path) -> None:
     """Write a file of tensors under a temporary name, then rename it: never half a checkpoint."""
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:  # how torch says that the disk is full
+        raise OSError(f"{part} cannot be written: {str(error).splitlines()[0]}") from None
     os.replace(part, path)
 
 
@@ -643,17 +658,24 @@ def create(c: Config, folder: Path, base: Path | None = None) -> Run:
 
 
 def check_lengths(c: Config) -> None:
-    """Raise ValueError if the longest problem of files and two attempts do not fit the model."""
+    """Raise ValueError if a problem of the files, with two attempts or with its worked answer, does
+    not fit the model."""
     if c.task not in DATA:
         return
-    format, room = c.format(), c.model().max_positions
-    rows = [problem for rows in given(c.task, c.train, c.test).values() for problem in rows]
-    longest = sorted(rows, key=lambda problem: len(problem.prompt))[-20:]
-    tokens = max(len(prompt(format, problem)) for problem in longest)
-    tokens += 2 * c.attempt_limit() + len(format.instruction)
-    if tokens > room:
-        raise ValueError(f"--max-new {c.max_new}: a problem and two attempts take up to {tokens} "
-                         f"tokens, the checkpoint reads {room}")  # fmt: skip
+    format, room, most = c.format(), c.model().max_positions, 0
+    for problem in (x for rows in given(c.task, c.train, c.test).values() for x in rows):
+        n, (encoding, nfc) = len(prompt(format, problem)), format.tokenizer
+        worked = len(encode_text(encoding, problem.solution, nfc)) + 1 if c.sft_steps else 0
+        most = max(most, n + worked, n + 2 * c.attempt_limit() + len(format.instruction))
+    if most > room:
+        raise ValueError(f"--max-new {c.max_new}: a problem with its answers takes up to {most} "
+                         f"tokens, --checkpoint {c.checkpoint} reads {room}")  # fmt: skip
+
+
+def digests(c: Config) -> dict[str, str]:
+    """Return the SHA-256 of the files of problems, which a run is bound to."""
+    paths = [path for path in (c.train, c.test) if path]
+    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
 
 
 def check_absent(folder: Path) -> None:
@@ -669,7 +691,8 @@ def prepare(run: Run, trained: dict | None) -> None:
     """Write what a new run starts with, but for its checkpoint."""
     run.folder.mkdir(parents=True, exist_ok=True)
     about = dict(commit=commit(), torch=torch.__version__, threads=torch.get_num_threads())
-    text = json.dumps(about | {"config": asdict(run.config)}, indent=2)
+    about |= dict(files=digests(run.config), config=asdict(run.config))
+    text = json.dumps(about, indent=2)
     (run.folder / "config.json").write_text(text + "\n")
     (run.folder / "log.jsonl").write_text("")
     if trained is not None:
@@ -779,6 +802,8 @@ def restore(folder: Path) -> Run:
     config, about = read_about(folder)
     torch.set_num_threads(about["threads"])
     check_shares(config)
+    if config.task in DATA and digests(config) != about["files"]:
+        raise ValueError(f"{config.train} or {config.test} is not what {folder} began with")
     run = new_run(config, folder)
     path = folder / "checkpoint.pt"
     in_parts = parallel.has_parts(folder)

@@ -19,6 +19,7 @@ import gzip
 import json
 import os
 import re
+import textwrap
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ from countdown import Malformed, evaluate
 
 MAX_INTEGER_DIGITS = 100  # int() of a long string is quadratic: a bound before any conversion
 MAX_OPERAND_DIGITS = 9  # both operands, side by side, are hashed as one 64-bit number
-FENCE = re.compile(r"^```(?:python|py)?[ \t]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"[ \t]*(```+|~~~+)[ \t]*(\w*)[ \t]*")  # a whole line
 INTEGER = re.compile(r"-?[0-9]+")  # [0-9], as \d would accept digits of every script
 
 
@@ -386,11 +387,27 @@ def judge(problem: Problem, answer: str, truncated: bool = False) -> Verdict:
 def code_of(answer: str) -> tuple[bool, str]:
     """Return whether a program stands in a fenced block, and the last such, or the whole answer.
 
+    Blocks that say that they are Python come before blocks that say nothing; others, and blocks
+    without an end, are none.
+
     >>> code_of("Like this:\\n```python\\nx = 1\\n```\\nor not"), code_of("x = 1")
     ((True, 'x = 1\\n'), (False, 'x = 1'))
     """
-    blocks = FENCE.findall(answer)
-    return (True, blocks[-1]) if blocks else (False, answer)
+    found, mark, language, lines = {}, None, "", []
+    for line in answer.replace("\r\n", "\n").split("\n"):
+        fence = FENCE.fullmatch(line)
+        if mark is None:
+            if fence:
+                mark, language, lines = fence[1], fence[2].lower(), []
+        elif fence and fence[1] == mark and not fence[2]:
+            found[language] = textwrap.dedent("".join(f"{line}\n" for line in lines))
+            mark = None
+        else:
+            lines.append(line)
+    named = [found[name] for name in found if name in ("python", "py", "python3")]
+    if named or "" in found:
+        return True, named[-1] if named else found[""]
+    return False, answer
 
 
 def split_of(a_N: np.ndarray, b_N: np.ndarray, split_seed: int = 0) -> np.ndarray:
@@ -601,7 +618,8 @@ def problem_of(row: dict) -> Problem:
 
     if "problem" in row:
         if "answer" in row:
-            worked = row.get("solution") if BOX.search(str(row.get("solution"))) else ""
+            worked = row.get("solution")
+            worked = worked if isinstance(worked, str) and BOX.search(worked) else ""
             return Problem(text("problem"), text("answer"), "math", solution=worked)
         if not BOX.search(text("solution")):
             raise ValueError("field 'solution' holds no \\boxed{}")

@@ -31,6 +31,21 @@ RESULTS = ROOT / "tests/results/memory.json"
 V, ROWS, MICRO, CHUNK = 151_936, 4, 2, 16
 
 
+def table(found: dict) -> str:
+    """Return the results as a Markdown table."""
+    titles = {"chunks": f"`--chunk {CHUNK} --recompute`", "whole": "`--chunk 0`, no `--recompute`"}
+    lines = [
+        "| | peak, GiB | over weights + optimiser + reference + one chunk | with the gradient, too "
+        "| seconds a step |",
+        "|---|---|---|---|---|",
+    ]
+    for name, m in found["runs"].items():
+        lines.append(f"| {titles[name]} | {gib(m['peak']):.2f} | {m['ratio']:.2f} | "
+                     f"{m['ratio_with_gradient']:.2f} | {m['seconds']:.0f} |")  # fmt: skip
+    about = f"(commit {found['commit']}, {found['threads']} threads, float32)"
+    return "\n".join([*lines, "", about])
+
+
 def gib(x: float) -> float:
     return round(x / 2**30, 3)
 

@@ -180,3 +180,10 @@ def test_phase_files_of_an_unfinished_run_are_evaluated_as_far_as_they_go(tmp_pa
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert list(report["phases"]) == ["base", "stage1"]
     assert runs.read_about(tmp_path / "run")[0].eval_n == report["n"]
+
+
+def test_what_a_model_says_cannot_drive_the_terminal(capsys):
+    said = dict(kind="failed", prompt="2+2=", gold="4", attempt1="\x1b[2J5", attempt2="6" * 9000)
+    evaluation.show(dict(n=1, split="test", seed=0, phases={}, transcripts=[said], diagnosis=[]))
+    shown = capsys.readouterr().out
+    assert "?[2J5" in shown and "\x1b" not in shown and len(shown) < 1500

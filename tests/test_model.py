@@ -189,12 +189,16 @@ def test_a_vocabularys_gradient_added_in_place_is_the_same(tied):
         torch.testing.assert_close(lean, plain, rtol=1e-10, atol=1e-12)
 
 
-def test_a_vocabularys_gradient_is_added_in_place_under_autocast():
-    gpt, found = model(torch.float32, tied_head=True), []
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_vocabularys_gradient_is_added_in_place_under_autocast(tied):
+    gpt, found = model(torch.float32, tied_head=tied), []
     for gpt.lean in (False, True):
         gpt.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = gpt(ids(3, 7))
-        torch.log_softmax(logits.float(), -1)[..., 2].sum().backward()
-        found.append(torch.cat([weight.grad.flatten() for weight in gpt.parameters()]))
-    assert (found[1] - found[0]).norm() < 0.02 * found[0].norm()
+        for seed in (1, 2):
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = gpt(ids(3, 7, seed))
+            assert logits.dtype == torch.bfloat16
+            torch.log_softmax(logits.float(), -1)[..., 2].sum().backward()
+        found.append([weight.grad.clone() for weight in gpt.parameters()])
+    for plain, lean in zip(*found, strict=True):
+        assert (lean - plain).norm() < 0.03 * plain.norm()

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 
+import bench_memory
 import bench_verify
 import pytest
 import seeds
@@ -189,6 +190,12 @@ def test_the_verifiers_table_is_that_of_its_results_file_and_says_what_is_claime
         assert found[name][0]["n"] - found[name][0]["as_due"] <= most
     for name in ("humaneval", "mbpp"):
         assert found[name][0]["per_second_a_core"] >= 8
+
+
+def test_the_memory_table_is_that_of_its_results_file_and_below_what_is_asked():
+    found = json.loads(bench_memory.RESULTS.read_text())
+    assert bench_memory.table(found) in SCALE
+    assert found["runs"]["chunks"]["ratio"] < 1.3 and found["vocabulary"] == 151_936
 
 
 def test_every_claim_holds_in_every_seed():

@@ -327,11 +327,11 @@ def test_tensorboard_is_shown_every_step_once(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     c = runs.Config(**TINY, tensorboard=True)
-    now = threading.Event()
-    now.set()
     run = runs.create(c, tmp_path / "run")
-    while not score.train(run, now):
-        run = runs.restore(tmp_path / "run")
+    with pytest.raises(ZeroDivisionError):  # after two steps of Stage I, which are not saved
+        score.train(run, StopAfter(6, die=True))
+    run.board.flush()
+    assert score.train(runs.restore(tmp_path / "run"), threading.Event())
     shown = EventAccumulator(str(tmp_path / "run/tensorboard"))
     shown.Reload()
     log = [json.loads(x) for x in (tmp_path / "run/log.jsonl").read_text().splitlines()]
@@ -348,3 +348,12 @@ def test_tensorboard_that_is_not_installed_is_one_line(tmp_path, capsys, monkeyp
     argv = ["--run", str(tmp_path / "run"), "--tensorboard", *options(**TINY)]
     assert score.main(argv) == 2 and not (tmp_path / "run").exists()
     assert "pip install tensorboard==" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="a.pt.part cannot be written: .enforce fail"):
+        runs.save({}, tmp_path / "a.pt")

@@ -600,6 +600,16 @@ def test_the_last_fenced_block_is_the_program():
     problem = verify.Problem("Add.", "assert add(2, 3) == 5", "program")
     assert verify.judge(problem, two).reward == 1
     assert verify.judge(problem, "Sure.\n" + two[:28]).reward == 0  # a block that has no end
+    right = "def add(a, b):\n    return a + b\n"
+    for text in (
+        f"```text\nplan\n```\nThen:\n```python\n{right}```",
+        f"```bash\nls\n```\n```Python\n{right}```\nas in\n```\nadd(1, 1)\n```",
+        f"```python3\n{right}```".replace("\n", "\r\n"),
+        "1. So:\n" + "".join(f"   {line}\n" for line in f"```py\n{right}```".split("\n")),
+        f"~~~python\n# ```\n{right}~~~",
+        f"```\n{right}```\n```text\nDone.\n```",
+    ):
+        assert verify.judge(problem, text).reward == 1, text
     head = verify.Problem(
         "import math\ndef f(x):\n    'The root.'\n",
         "def check(candidate):\n    assert candidate(4) == 2", "program", "f",

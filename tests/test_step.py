@@ -304,6 +304,47 @@ def test_the_base_reads_right_revisions_first_and_learns_both_attempts(monkeypat
     assert all(mask.sum(dim=1).tolist() == two_digits_and_an_end_twice for mask in masks)
 
 
+def test_a_base_reads_later_revisions_behind_copies_that_it_does_not_learn(monkeypatch, tmp_path):
+    run, seen = runs.new_run(replace(CONFIG, base_attempts=4, sft_batch=9), tmp_path), []
+    documents = [(f"{b}+0=", f"{b}1", f"{b}2") for b in range(9)]
+    monkeypatch.setattr(score, "documents", lambda *_: documents)
+    monkeypatch.setattr(score, "imitate", lambda run, parts, temperature: seen.extend(parts) or {})
+    score.sft_step(run)
+    found = []
+    for r, mask_BS in seen:
+        for row, mask, n in zip(r.ids_BT, mask_BS, r.length_B, strict=True):
+            text = chat.decode(TOY, row[:n].tolist())
+            found.append((text, chat.decode(TOY, row[1:][mask].tolist())))
+    end, more = chat.END, chat.REVISE
+    assert sorted(found) == sorted(
+        (f"{x}{draft}{end}{more}" + f"{draft}{end}{more}" * copies + f"{revision}{end}",
+         f"{draft}{end}{revision}{end}")
+        for b, (x, draft, revision) in enumerate(documents) for copies in [b % 3]
+    )  # fmt: skip
+
+
+def test_a_pool_is_the_same_problems_at_every_step(tmp_path):
+    c = replace(CONFIG, pool=6)
+    rng = np.random.default_rng(1)
+    drawn = [runs.draw_training(c, 4, rng) for _ in range(30)]
+    pool = runs.draw(c, 6, "train", np.random.default_rng(c.seed))
+    assert {x for step in drawn for x in step} == set(pool)
+    assert len({tuple(step) for step in drawn}) > 5  # in another order, and others are left out
+    other = runs.draw_training(replace(c, seed=c.seed + 1), 4, np.random.default_rng(1))
+    assert other != drawn[0]
+    fresh = [runs.draw_training(replace(c, pool=0), 4, rng) for _ in range(30)]
+    assert len({x for step in fresh for x in step}) > 20
+
+
+def test_rows_sampled_in_slices_keep_their_offline_flags(tmp_path):
+    c = replace(CONFIG, sample_batch=6)
+    run = runs.new_run(c, tmp_path)
+    problems = runs.draw(c, 4, "train", np.random.default_rng(0))
+    flags_B = torch.arange(12) % 5 < 2
+    r = score.sample(run.policy, c, problems, run.sampler, 1.0, 3, flags_B, author1=run.policy)
+    assert torch.equal(r.offline1_B, flags_B) and len(r.ids_BT) == 12
+
+
 def fake_rollout(firsts, seconds, cut1):
     documents = list(zip(["1+1="] * len(firsts), firsts, seconds, strict=True))
     r = rollout.read_documents(documents, "cpu")
