@@ -182,7 +182,14 @@ def kl_exact(kl_BS, logp_BS, mask_BS):
 def loss_stage1(logp_BS, mask2_BS, kl1_B, kl2_B, reward2_B, G: int, beta1: float, beta2: float):
     """Return Stage I's loss of each row: attempt 2 is rewarded, attempt 1 only held to the base.
 
+    Its gradient is what counts: in its value the rewards do not appear, only the KLs.
+
     Source: arXiv 2409.12917v2, eq. 3, with the beta1 KL that it "omits for clarity" on both turns.
+
+    Args:
+      logp_BS: log-probability of each token that came, at the sampling temperature, with gradient.
+      mask2_BS: bool, attempt 2's tokens, its end of turn included. kl1_B, kl2_B: of `kl_exact` or
+        `kl_k1`. reward2_B: float. G: rows of a problem, which stand side by side.
     """
     advantage2_B = reward2_B - leave_one_out(reward2_B, G)
     gain_B = reinforce(logp_BS, mask2_BS, advantage2_B)
@@ -197,7 +204,7 @@ def loss_stage2(
 
     Source: arXiv 2409.12917v2, eq. 4 with r2 replaced by eq. 5; gamma = 0 (appendix A.2).
 
-    Args:
+    Args: as of `loss_stage1`; and
       gamma, leak: what the paper does *not* do, to show why: attempt 1 earns gamma times attempt
         2's return, or the bonus, too. Then r1 weighs 1 - alpha gamma or 1 - alpha in attempt 1's
         return, and where that is negative it pays to answer wrongly first.
