@@ -514,8 +514,8 @@ def frozen(policy: GPT, c: Config) -> GPT:
     fixed = copy.deepcopy(policy) if gathered is policy else gathered
     for block in fixed.requires_grad_(False).blocks:
         for weight in block.parameters():
-            if weight.dim() == 2:
-                weight.data = weight.data.to(getattr(torch, c.dtype))
+            if weight.dim() == 2 and c.dtype == "bfloat16":
+                weight.data = weight.data.bfloat16()
     return shard(fixed, device(c.device))
 
 

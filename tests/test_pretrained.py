@@ -16,7 +16,7 @@ import transformers
 
 import model
 from model import GPT, Cache, GPTConfig, config_from
-from rollout import sample_turn
+from rollout import read, sample_turn
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -131,10 +131,9 @@ def test_greedy_tokens_on_the_cache_equal_those_of_transformers(open_models, fam
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, min_new_tokens=64,
         do_sample=False, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
-    turn = sample_turn(
-        gpt, Cache(gpt, 2, 104), prompt, torch.tensor([40, 40]), max_new=64, end_id=-1,
-        generator=None, temperature=0,
-    )  # fmt: skip
+    cache = Cache(gpt, 2, 104)
+    state = read(gpt, cache, prompt, torch.tensor([40, 40]))
+    turn = sample_turn(gpt, cache, state, max_new=64, end_id=-1, generator=None, temperature=0)
     assert max(len(set(row[40:].tolist())) for row in expected) > 9  # not one token over and over
     assert torch.equal(turn.ids_BN, expected[:, 40:])
 
