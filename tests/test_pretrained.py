@@ -312,9 +312,9 @@ def test_configurations_of_another_kind_are_refused_by_name(
     open_models, family, changes, named, tmp_path
 ):
     other = edited(open_models[family][1], tmp_path / "other", **changes)
-    for read in (config_from, GPT.from_pretrained):
+    for reader in (config_from, GPT.from_pretrained):
         with pytest.raises(ValueError, match=named) as error:
-            read(other)
+            reader(other)
         assert "\n" not in str(error.value)
 
 
