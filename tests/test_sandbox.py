@@ -606,7 +606,7 @@ def test_the_last_fenced_block_is_the_program():
         f"```bash\nls\n```\n```Python\n{right}```\nas in\n```\nadd(1, 1)\n```",
         f"```python3\n{right}```".replace("\n", "\r\n"),
         "1. So:\n" + "".join(f"   {line}\n" for line in f"```py\n{right}```".split("\n")),
-        f"~~~python\n# ```\n{right}~~~",
+        f"~~~python\ntext = '''\n```\n'''\n{right}~~~",
         f"```\n{right}```\n```text\nDone.\n```",
     ):
         assert verify.judge(problem, text).reward == 1, text
