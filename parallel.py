@@ -223,6 +223,19 @@ def like(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 NEW, NOW, OLD = "checkpoint.part", "checkpoint", "checkpoint.old"  # whole: NOW; if it is not, OLD
 
 
+def save(content: dict, path: Path) -> None:
+    """Write a file of tensors under a temporary name, then rename it: never half a checkpoint."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:  # how torch says that the disk is full
+        raise OSError(f"{part} cannot be written: {str(error).splitlines()[0]}") from None
+    os.replace(part, path)
+
+
 def save_parts(content: dict, folder: Path) -> None:
     """Write a run's checkpoint as a folder of parts, one of each process; then remove the last one.
 
@@ -248,13 +261,7 @@ def save_parts(content: dict, folder: Path) -> None:
 
 def replace(folder: Path, rest: dict) -> None:
     """Complete the new folder of parts, and let it take the place of the last checkpoint."""
-    try:
-        with open(folder / NEW / "rest.pt", "wb") as file:
-            torch.save(rest, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except RuntimeError as error:  # how torch says that the disk is full
-        raise OSError(f"{folder / NEW} cannot be written: {error}") from None
+    save(rest, folder / NEW / "rest.pt")
     if (folder / NOW).exists():
         shutil.rmtree(folder / OLD, ignore_errors=True)
         os.rename(folder / NOW, folder / OLD)

@@ -30,7 +30,7 @@ import parallel
 import verify
 from chat import Format, encode_text, format_of, prompt
 from model import GPT, GPTConfig, config_from
-from parallel import first, processes, shard, whole, whole_tensor
+from parallel import first, processes, save, shard, whole, whole_tensor
 
 METHODS = (
     "score", "base", "multi_turn", "single_turn", "no_stage1", "no_bonus", "star", "star_plus",
@@ -260,12 +260,8 @@ def given(task: str, train: str, test: str) -> dict[str, list[verify.Problem]]:
         if words not in said:
             rows.append(problem)
             said.add(words)
-    dev = rows[::10]
-    return {
-        "train": [problem for i, problem in enumerate(rows) if i % 10],
-        "dev": dev,
-        "test": files[test],
-    }
+    others = [problem for i, problem in enumerate(rows) if i % 10]
+    return {"train": others, "dev": rows[::10], "test": files[test]}
 
 
 def draw_training(c: Config, n: int, rng: np.random.Generator) -> list[verify.Problem]:
@@ -566,19 +562,6 @@ def summary_writer() -> type:
 
 
 # --- files: checkpoints that are whole or absent --------------------------------------------------
-
-
-def save(content: dict, path: Path) -> None:
-    """Write a file of tensors under a temporary name, then rename it: never half a checkpoint."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except RuntimeError as error:  # how torch says that the disk is full
-        raise OSError(f"{part} cannot be written: {str(error).splitlines()[0]}") from None
-    os.replace(part, path)
 
 
 def write_json(content, path: Path, indent: int | None = None) -> None:

@@ -399,14 +399,15 @@ def code_of(answer: str) -> tuple[bool, str]:
         if mark is None:
             if fence:
                 mark, language, lines = fence[1], fence[2].lower(), []
+                language = "python" if language in ("py", "python3") else language
         elif fence and fence[1] == mark and not fence[2]:
             found[language] = textwrap.dedent("".join(f"{line}\n" for line in lines))
             mark = None
         else:
             lines.append(line)
-    named = [found[name] for name in found if name in ("python", "py", "python3")]
-    if named or "" in found:
-        return True, named[-1] if named else found[""]
+    for language in ("python", ""):
+        if language in found:
+            return True, found[language]
     return False, answer
 
 

@@ -608,6 +608,7 @@ def test_the_last_fenced_block_is_the_program():
         "1. So:\n" + "".join(f"   {line}\n" for line in f"```py\n{right}```".split("\n")),
         f"~~~python\ntext = '''\n```\n'''\n{right}~~~",
         f"```\n{right}```\n```text\nDone.\n```",
+        f"```python\nx\n```\n```py\nx\n```\n```python\n{right}```",
     ):
         assert verify.judge(problem, text).reward == 1, text
     head = verify.Problem(
