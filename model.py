@@ -90,7 +90,7 @@ class GPTConfig:
 class Cache:
     """Keys and values of the tokens that a model has read, preallocated, with a length per row.
 
-    k, v: one [B, S, J, K] tensor a layer, of `dtype`: by default that of the computation, which is
+    k, v: one [B, J, S, K] tensor a layer, of `dtype`: by default that of the computation, which is
     autocast's where autocast is on and else the weights'. length_B: tokens held by each row, int64.
     reach: an upper bound of every length; a plain int, so that reading it waits for no device.
     """
@@ -103,7 +103,7 @@ class Cache:
             kind = weight.device.type
             autocast = torch.is_autocast_enabled(kind)
             dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
-        shape = (rows, slots, c.n_kv_head, c.head_size)
+        shape = (rows, c.n_kv_head, slots, c.head_size)
         self.k = [weight.new_zeros(shape, dtype=dtype) for _ in range(c.n_layer)]
         self.v = [weight.new_zeros(shape, dtype=dtype) for _ in range(c.n_layer)]
         self.length_B = torch.zeros(rows, dtype=torch.long, device=weight.device)
@@ -126,7 +126,7 @@ class Cache:
     def spread(self, n: int, slots: int) -> "Cache":
         """Return a copy with n of each row, side by side, and so many slots."""
         part = copy.copy(self)
-        more = (0, 0, 0, 0, 0, slots - self.k[0].shape[1])
+        more = (0, 0, 0, slots - self.k[0].shape[2])
         part.k, part.v = (
             [F.pad(x, more).repeat_interleave(n, dim=0) for x in layers]
             for layers in (self.k, self.v)
@@ -160,8 +160,8 @@ def rotate(x_BTHK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
     Computed in the wider dtype of the two, float32 where the tables are; returned in x's.
     """
-    a, b = x_BTHK.chunk(2, dim=-1)
-    return (x_BTHK * cos + torch.cat([b, a], dim=-1) * sin).to(x_BTHK.dtype)
+    swapped = x_BTHK.roll(x_BTHK.shape[-1] // 2, dims=-1)
+    return (x_BTHK * cos + swapped * sin).to(x_BTHK.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -171,6 +171,8 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x):
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
@@ -187,30 +189,25 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(K, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(self, x_BTD, cos, sin, kept=None):
-        """`kept`: this layer's cached k and v [B, S, J, K], where to write, and what to see."""
+        """`kept`: this layer's cached k and v [B, J, S, K], where to write, and what to see."""
         B, T, _ = x_BTD.shape
         H, J = self.n_head, self.n_kv_head
-        qk, v = self.qkv(x_BTD).view(B, T, H + 2 * J, -1).split([H + J, J], dim=2)
+        qk, v_BTJK = self.qkv(x_BTD).view(B, T, H + 2 * J, -1).split([H + J, J], dim=2)
         if self.q_norm is not None:
             q, k = qk.split([H, J], dim=2)
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
-        q, k = rotate(qk, cos, sin).split([H, J], dim=2)
-        mask_B1TS = None
+        q_BTHK, k_BTJK = rotate(qk, cos, sin).split([H, J], dim=2)
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTJK, v_BTJK))
+        bias = None
         if kept is not None:
-            k_BSJK, v_BSJK, position_BT, mask_B1TS = kept
-            row_B1 = torch.arange(B, device=x_BTD.device)[:, None]
+            k_BJSK, v_BJSK, place, bias = kept
             # padding lands beyond the row's length, unseen
-            k_BSJK[row_B1, position_BT] = k.to(k_BSJK.dtype)
-            v_BSJK[row_B1, position_BT] = v.to(v_BSJK.dtype)
-            reach = mask_B1TS.shape[-1]
-            k, v = k_BSJK[:, :reach].to(q.dtype), v_BSJK[:, :reach].to(q.dtype)
+            k_BJSK[place], v_BJSK[place] = k.to(k_BJSK.dtype), v.to(v_BJSK.dtype)
+        if bias is not None:
+            reach, bias = bias.shape[-1], bias.to(q.dtype)
+            k, v = k_BJSK[:, :, :reach].to(q.dtype), v_BJSK[:, :, :reach].to(q.dtype)
         y_BHTK = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask_B1TS,
-            is_causal=mask_B1TS is None,
-            enable_gqa=H != J,
+            q, k, v, attn_mask=bias, is_causal=bias is None, enable_gqa=H != J
         )
         return self.out(y_BHTK.transpose(1, 2).reshape(B, T, -1))
 
@@ -321,23 +318,28 @@ class GPT(nn.Module):
 
     def hidden(self, ids_BT, cache=None, n_new_B=None):
         """Return the final normalised states [B, T, D]; `logits` is for those that one needs."""
-        B, T = ids_BT.shape
-        if cache is None:
-            if T > self.config.max_positions:
-                limit = self.config.max_positions
-                raise ValueError(f"{T} tokens do not fit max_positions = {limit}")
+        (B, T), device = ids_BT.shape, ids_BT.device
+        reach = 0 if cache is None else cache.reach
+        slots = self.config.max_positions if cache is None else cache.k[0].shape[2]
+        if reach + T > slots:
+            limit = f"max_positions = {slots}" if cache is None else f"a cache of {slots} slots"
+            raise ValueError(f"{reach + T} tokens do not fit {limit}")
+        if not reach:  # all rows begin here
+            place, bias_B1TS = (slice(None), slice(None), slice(T)), None
             cos, sin = self.cos[:T, None], self.sin[:T, None]
-            kept = [None] * len(self.blocks)
         else:
-            slots = cache.k[0].shape[1]
-            if cache.reach + T > slots:
-                raise ValueError(f"a cache of {slots} slots cannot take {cache.reach + T} tokens")
-            cache.reach += T
-            position_BT = cache.length_B[:, None] + torch.arange(T, device=ids_BT.device)
-            slot_S = torch.arange(cache.reach, device=ids_BT.device)
-            mask_B1TS = (slot_S <= position_BT[..., None])[:, None]
+            position_BT = cache.length_B[:, None] + torch.arange(T, device=device)
+            row_B11 = torch.arange(B, device=device)[:, None, None]
+            head_J1 = torch.arange(self.config.n_kv_head, device=device)[:, None]
+            place = (row_B11, head_J1, position_BT[:, None])
+            unseen_BTS = torch.arange(reach + T, device=device) > position_BT[..., None]
+            bias_B1TS = cache.k[0].new_zeros(unseen_BTS.shape)
+            bias_B1TS = bias_B1TS.masked_fill_(unseen_BTS, -torch.inf)[:, None]
             cos, sin = self.cos[position_BT][:, :, None], self.sin[position_BT][:, :, None]
-            kept = [(k, v, position_BT, mask_B1TS) for k, v in zip(cache.k, cache.v, strict=True)]
+        kept = [None] * len(self.blocks)
+        if cache is not None:
+            kept = [(k, v, place, bias_B1TS) for k, v in zip(cache.k, cache.v, strict=True)]
+            cache.reach += T
         # a sparse gradient, of the rows that were read, goes where `logits` has left a dense one
         sparse = self.lean and self.config.tied_head
         x_BTD = F.embedding(ids_BT, self.embed.weight, sparse=sparse)

@@ -111,41 +111,40 @@ def sample_turn(
         the end: who is done early draws the noise of the others' last tokens.
     """
     B, device = len(state_BD), state_BD.device
-    ids_BN = torch.zeros(B, max_new, dtype=torch.long, device=device)
+    ids_BN = torch.full((B, max_new), end_id, device=device)
     wide = torch.promote_types(state_BD.dtype, torch.float32)
     logp_BN = torch.zeros(B, max_new, dtype=wide, device=device)
-    n_B = torch.zeros(B, dtype=torch.long, device=device)
-    truncated_B = torch.ones(B, dtype=torch.bool, device=device)
-    row_R, working = torch.arange(B, device=device), cache  # the rows in work, and their cache
-    state_RD, going_R = state_BD, truncated_B.clone()
+    row_R, working = slice(None), cache  # the rows in work, at first all, and their cache
+    state_RD, going_R = state_BD, torch.ones(B, dtype=torch.bool, device=device)
     for i in range(max_new):
         logits_RV = model.logits(state_RD)
         if temperature == 0:
             token_R = logits_RV.argmax(dim=-1)
         else:
             law_RV = token_law(logits_RV, temperature, top_k, top_p)
-            noise = law_RV.new_empty(B * share[1], law_RV.shape[1])
+            noise = law_RV.new_empty(share[1], B, law_RV.shape[1])
             noise.exponential_(generator=generator)
-            token_R = (law_RV.exp() / noise[share[0] * B + row_R]).argmax(dim=-1)
-            logp_BN[row_R, i] = law_RV.gather(1, token_R[:, None])[:, 0] * going_R
+            token_R = (law_RV.exp() / noise[share[0], row_R]).argmax(dim=-1)
+            logp_BN[row_R, i] = law_RV.gather(1, token_R[:, None])[:, 0]
         ids_BN[row_R, i] = token_R
-        n_B[row_R] += going_R
         going_R = going_R & (token_R != end_id)
-        truncated_B[row_R] = going_R
         left = int(going_R.sum())
         if i == max_new - 1 or not left:
             break
-        if compact and 2 * left <= len(row_R):
+        if compact and 2 * left <= len(going_R):
             if working is not cache:
                 cache.put(row_R, working)
-            row_R, token_R = row_R[going_R], token_R[going_R]
-            working, going_R = cache.take(row_R), going_R[going_R]
+            row_R = torch.arange(B, device=device)[row_R][going_R]
+            token_R, working, going_R = token_R[going_R], cache.take(row_R), going_R[going_R]
         state_RD = model.hidden(token_R[:, None], working, going_R.long())[:, 0]
     if working is not cache:
         cache.put(row_R, working)
     for _ in range(largest(i) - i if temperature else 0):
         noise.exponential_(generator=generator)
-    return Turn(ids_BN[:, : i + 1], n_B, logp_BN[:, : i + 1], truncated_B)
+    ids_BN, logp_BN = ids_BN[:, : i + 1], logp_BN[:, : i + 1]
+    ends_BN = (ids_BN == end_id).long()
+    real_BN = ends_BN.cumsum(dim=1) == ends_BN  # no end of turn has come before
+    return Turn(ids_BN, real_BN.sum(dim=1), logp_BN * real_BN, ~ends_BN.any(dim=1))
 
 
 # --- two turns ------------------------------------------------------------------------------------
