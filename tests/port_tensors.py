@@ -1,10 +1,8 @@
-"""SCoRe as three tensors, which any stack can carry: what README's section "Porting" shows.
+"""SCoRe as three tensors, which any stack can carry (README, "Porting").
 
 Each token has the number of its turn, an advantage and a KL weight. Nothing else of a loss depends
 on the stage. Both stages of score.py follow from them, values and gradients (tests/test_ports.py).
 The other ports, to libraries, are tests/port_jax.py, port_trl.py and port_verl.py.
-
-    python -c "import sys; sys.path.append('tests'); import port_tensors; help(port_tensors)"
 
 Dimension key: B rows (rollouts), G rows of each problem, side by side; S scored positions.
 """
@@ -34,7 +32,7 @@ def score_tensors(turn_BS, reward1_B, reward2_B, G, stage, alpha, beta1, beta2):
 def to_go(x_BS, turn_BS):
     """Return [B, S], sums from each token to the end of its own turn; of the context, 0."""
     own_BS = [x_BS * (turn_BS == k) for k in (1, 2)]
-    return sum((x.flip(1).cumsum(1).flip(1)) * (turn_BS == k) for k, x in enumerate(own_BS, 1))
+    return sum(x.flip(1).cumsum(1).flip(1) * (turn_BS == k) for k, x in enumerate(own_BS, 1))
 
 
 def fold(advantage_BS, weight_BS, logp_BS, ref_logp_BS, turn_BS):

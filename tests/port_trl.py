@@ -134,7 +134,8 @@ class Clock(TrainerCallback):
 
 def make_trainer(
     folder, problems, batch=256, group=4, max_new=9, steps=1, stage=2, kl="folded",
-    alpha=10.0, beta1=0.01, beta2=4.0, lr=7e-4, warmup=20, rewards=None, out=None,
+    alpha=10.0, beta1=0.01, beta2=4.0, lr=7e-4, warmup=20, temperature=1.0,
+    rewards=None, out=None,
 ):  # fmt: skip
     """Return a trainer whose `train()` takes `steps` steps; their times: `trainer.clock.seconds`.
 
@@ -156,7 +157,7 @@ def make_trainer(
         model_init_kwargs={"dtype": "float32"}, gradient_checkpointing=False,
         per_device_train_batch_size=batch, num_generations=group, max_completion_length=max_new,
         learning_rate=lr, lr_scheduler_type="constant_with_warmup", warmup_steps=warmup,
-        adam_beta2=0.95, max_grad_norm=1.0,
+        adam_beta2=0.95, max_grad_norm=1.0, temperature=temperature,  # of both log-probabilities
         beta=beta1,  # of TRL's own KL; any number but 0 makes it load and score the frozen base
         loss_type="luspo", scale_rewards="none",  # sums over tokens, mean over rows; no deviations
     )  # fmt: skip
