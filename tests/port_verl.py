@@ -13,9 +13,9 @@ or 1, at one of its tokens. verl hands the whole batch to no estimator but the o
     actor_rollout_ref.actor.kl_loss_coef=0                    # and counts in the advantage alone
     actor_rollout_ref.actor.ppo_epochs=1                      # and one mini-batch: one update
 
-Tried: verl's `compute_advantage`, "gpg" and `agg_loss`, on batches made by tests/test_ports.py. Not
-tried: its trainer, an agent loop with the second turn, a reward loop that writes two rewards, the
-settings as a command line, several GPUs.
+Tried, by tests/test_ports.py: that the settings compose; verl's `compute_advantage`, "gpg" and
+`agg_loss`, on batches made there. Not tried: its trainer, an agent loop with the second turn, a
+reward loop that writes two rewards, several GPUs.
 
 verl needs an environment of its own (transformers before 5.11). There:
 

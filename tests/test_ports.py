@@ -6,6 +6,7 @@ Random ragged rows, with logits as the leaves: what differs from score.py is onl
 import re
 import types
 import warnings
+from pathlib import Path
 
 import numpy as np
 import port_tensors
@@ -330,13 +331,20 @@ def test_the_toys_tokens_and_rewards_are_the_same_in_trl(trl):
 @quiet
 @pytest.mark.parametrize("stage", [1, 2])
 def test_verl_has_the_gradient_of_score_py(stage):
-    """Through its own registries, with the rows of a problem apart from each other."""
-    library("verl.trainer.ppo.ray_trainer")
-    library("port_verl")
+    """Through its own configuration and registries, with a problem's rows apart from each other."""
+    verl = library("verl.trainer.ppo.ray_trainer")
+    port = library("port_verl")
+    from hydra import compose, initialize_config_dir
     from tensordict import TensorDict
     from verl import DataProto
     from verl.trainer.ppo.core_algos import get_policy_loss_fn
-    from verl.trainer.ppo.ray_trainer import compute_advantage
+
+    documented = re.findall(r"(?<=  )\+?[a-z_]+\.\S+=(?:\{.*?\}|\S+)", port.__doc__)
+    with initialize_config_dir(f"{Path(verl.__file__).parents[1]}/config", version_base=None):
+        config = compose("ppo_trainer", documented)
+    assert len(documented) == 8 and set(config.algorithm.score) == {"stage", *SETTINGS}
+    config.algorithm.score.update(SETTINGS | {"stage": stage})
+    actor = config.actor_rollout_ref.actor
 
     r, rewards, logits, ref_logits = example()
     logp, ref_logp, _ = laws(r, logits, ref_logits)
@@ -353,17 +361,17 @@ def test_verl_has_the_gradient_of_score_py(stage):
     data = DataProto(
         TensorDict({k: x[order] for k, x in columns.items()}, len(mask)), {"uid": uid[order]}
     )
-    settings = {"score": SETTINGS | {"stage": stage}}
-    data = compute_advantage(data, "gdpo", config=settings)
-    loss, _ = get_policy_loss_fn("gpg")(
+    estimator = config.algorithm.adv_estimator
+    data = verl.compute_advantage(data, estimator, config=config.algorithm)
+    loss, _ = get_policy_loss_fn(actor.policy_loss.loss_mode)(
         logp.detach()[order], logp[order], data.batch["advantages"], mask[order],
-        "seq-mean-token-sum", types.SimpleNamespace(global_batch_info={}),
+        actor.loss_agg_mode, types.SimpleNamespace(global_batch_info={}),
     )  # fmt: skip
     found = torch.autograd.grad(loss, logits)[0]
     assert_same([found], [reference(r, rewards, logits, ref_logits, stage, "k1")[1]])
     data.non_tensor_batch["uid"][0] = "alone"
     with pytest.raises(ValueError, match="from 1 to 3 rows"):
-        compute_advantage(data, "gdpo", config=settings)
+        verl.compute_advantage(data, estimator, config=config.algorithm)
 
 
 # --- README ---------------------------------------------------------------------------------------
