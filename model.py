@@ -16,6 +16,7 @@ H query heads, J key-value heads, K head size, F hidden width of the MLP.
 """
 
 import copy
+import functools
 import json
 import math
 import shutil
@@ -279,6 +280,13 @@ class AddedInPlace(torch.autograd.Function):
         return (grad @ weight.to(grad.dtype)).to(x.dtype), None
 
 
+@functools.cache
+def compiled(f):
+    """Return f, compiled once for models and batches of any sizes."""
+    torch._dynamo.config.recompile_limit = 64  # with and without gradient, cache, one row, ..
+    return torch.compile(f, dynamic=True)
+
+
 class GPT(nn.Module):
     """The language model: `logits_BTV = model(ids_BT)`, or in chunks with a `Cache`.
 
@@ -289,11 +297,14 @@ class GPT(nn.Module):
     back instead of keeping them: the same gradients from less memory, in more time.
     lean: an attribute, False at first. True adds to the gradient of a large vocabulary's matrix in
     place, for callers of `logits` in chunks: the same gradient without copies of its size.
+    compiled: an attribute, False at first. True lets torch.compile fuse what is between the matrix
+    products: the same but for rounding, after some ten seconds for each new kind of call.
     """
 
     def __init__(self, config: GPTConfig, seed: int = 0):
         super().__init__()
-        self.config, self.recompute, self.lean = config, False, False
+        self.config = config
+        self.recompute = self.lean = self.compiled = False
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
@@ -336,6 +347,11 @@ class GPT(nn.Module):
 
     def hidden(self, ids_BT, cache=None, n_new_B=None):
         """Return the final normalised states [B, T, D]; `logits` is for those that one needs."""
+        through = compiled(GPT.through) if self.compiled else GPT.through
+        return through(self, ids_BT, cache, n_new_B)
+
+    def through(self, ids_BT, cache, n_new_B):
+        """Return what `hidden` returns."""
         (B, T), device = ids_BT.shape, ids_BT.device
         reach = 0 if cache is None else cache.reach
         slots = self.config.max_positions if cache is None else cache.k[0].shape[2]

@@ -192,7 +192,8 @@ def whole(model: GPT) -> GPT:
     gathered.load_state_dict(weights, assign=True)
     if model.config.tied_head:
         gathered.head.weight = gathered.embed.weight
-    gathered.cos, gathered.sin, gathered.recompute = model.cos, model.sin, model.recompute
+    for name in ("cos", "sin", "recompute", "compiled"):
+        setattr(gathered, name, getattr(model, name))
     return gathered
 
 

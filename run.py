@@ -136,11 +136,12 @@ class Config:
     leak: bool = knob(False, "pay the progress bonus to attempt 1, too: a known mistake")
     iterations: int = knob(3, "how often STaR samples anew from what it has become", 1, 1000)
     select: str = knob("best", "which weights the last phase keeps", choices=("best", "last"))
-    # memory and precision
+    # memory, precision, speed
     dtype: str = knob("float32", "of matrix products; weights stay float32", choices=DTYPES)
     sample_batch: int = knob(0, "rows sampled at a time, whole groups; 0: all", 0, 2**20)
     chunk: int = knob(0, "positions whose laws are in memory at a time; 0: all", 0, 2**20)
     recompute: bool = knob(False, "compute blocks again in the backward pass")
+    compile: bool = knob(False, "let torch.compile fuse; minutes at first, faster from then on")
     # reports
     tensorboard: bool = knob(False, "write what is logged for TensorBoard, too")
     eval_n: int = knob(2000, "held-out problems in the final table", 1, 10**6)
@@ -477,7 +478,7 @@ def new_run(c: Config, folder: Path) -> Run:
     else:
         policy = GPT(c.model(), seed=int(weights >> 1))
     policy = shard(policy, device(c.device))
-    policy.recompute = c.recompute
+    policy.recompute, policy.compiled = c.recompute, c.compile
     policy.lean = c.chunk > 0 and processes()[1] == 1
     sampler = torch.Generator(c.device).manual_seed(int(samples >> 1))
     rng = np.random.default_rng(int(problems))

@@ -385,6 +385,7 @@ def check_sampler(policy: GPT, c: Config) -> None:
     n, limit = (min(8, c.batch // c.group), 1e-3) if c.checkpoint else (64, 1e-5)
     if not c.checkpoint:
         policy = copy.deepcopy(policy).double()
+        policy.compiled = False
     c = replace(c, dtype="float32")
     problems = draw(c, n, "train", np.random.default_rng(0))
     generator = torch.Generator(c.device).manual_seed(0)
