@@ -1,0 +1,330 @@
+"""Does a port of SCoRe compute what this implementation computes? If not, where does it part first?
+
+Standard library only. The golden vectors in tests/golden/ are the contract: inputs and outputs of
+each case, in full. A port reads the inputs, computes as many of the outputs as it has (a loss alone
+takes `logits` and `ref_logits` from the outputs), and writes them under the same names.
+
+    python tests/check_port.py results.json
+    python tests/check_port.py results.json --dtype float32
+
+What it prints first is what to look at first: the quantities are in the order in which each depends
+on those before it. Status 0: all that is there agrees. 1: something differs. 2: cannot be compared.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+GOLDEN = Path(__file__).parent / "golden"
+DTYPES = ("float64", "float32", "bfloat16")
+
+# --- the quantities -------------------------------------------------------------------------------
+
+
+class Quantity(NamedTuple):
+    """kind: which tolerance is its. cause: the usual one where it is the first that differs."""
+
+    name: str
+    kind: str
+    what: str
+    cause: str
+
+
+def expand(*rows: tuple[str, str, str, str]) -> list[Quantity]:
+    """Return the rows, one for each stage and form of the KL that their names leave open."""
+    found = []
+    for name, kind, what, cause in rows:
+        names = [name.replace("STAGE", s) for s in ("stage1", "stage2")]
+        names = [x.replace("KL", kl) for kl in ("exact", "k1") for x in names]
+        found += [Quantity(x, kind, what, cause) for x in dict.fromkeys(names)]
+    return found
+
+
+ORDER = expand(
+    # what the rows are
+    ("ids", "exact", "[B, T] prompt, attempt 1, instruction, attempt 2, then zeros",
+     "prompts not repeated side by side; padding between the parts; tokens behind an attempt's end "
+     "kept; text decoded and encoded again"),
+    ("length", "exact", "[B] real tokens of each row",
+     "padding or an end-of-turn token counted that is not there, or one missing"),
+    ("turn", "exact", "[B, S] the attempt, 1 or 2, of token s + 1; 0: of none",
+     "the end-of-turn token left out; the mask not shifted with the targets; the instruction in "
+     "it; padding told by a token's id"),
+    ("token_turn", "exact", "[B, S] as turn, but 0 where another model wrote attempt 1",
+     "attempts that the base wrote are context, not actions of the policy"),
+    # what the models say of them
+    ("logits", "logits", "[B, S, V] of the policy for token s + 1, 0 beyond the row",
+     "weights laid out otherwise (weights.json, about); rotary pairs (k, k + K/2); cos and sin are "
+     "rounded to float32 (about 1e-8); left padding; an attention mask"),
+    ("ref_logits", "logits", "[B, S, V] of the base", "the base is the policy, or was trained"),
+    ("logp", "logp", "[B, S] log-probability of token s + 1, 0 where turn is 0",
+     "logits not divided by the temperature; targets shifted by one; log-softmax in bfloat16"),
+    ("ref_logp", "logp", "[B, S] the same by the base",
+     "the temperature is the policy's alone; the reference is the policy itself"),
+    ("greedy1", "decoded", "each problem's first attempt at temperature 0, a list of ids each",
+     "a key-value cache whose positions are off; padding that is seen"),
+    ("greedy2", "decoded", "the second",
+     "the first attempt's last token not read before the instruction; an end of turn put in"),
+    ("sampled1", "decoded", "each row's first attempt, token = argmax p / noise[step][row]",
+     "the temperature; the noise of rows that are done drawn or not; base's rows (noise1_base)"),
+    ("sampled2", "decoded", "the second", "as greedy2"),
+    ("truncated", "decoded", "[B, 2] no end of turn within max_new tokens",
+     "max_new counts the end of turn; told by the length alone"),
+    # what they earn
+    ("stage2_return1", "reward", "[B] what attempt 1 earns",
+     "r1 alone: no bonus, no share of attempt 2's return"),
+    ("STAGE_return2", "reward", "[B] what attempt 2 earns: r2, in Stage II r2 + alpha (r2 - r1)",
+     "the bonus's sign, or no bonus, or a bonus in Stage I"),
+    ("stage2_baseline1", "reward", "[B] mean return 1 of the other G - 1 rows of the problem",
+     "the row's own reward in its baseline; rows of a problem not side by side"),
+    ("STAGE_baseline2", "reward", "[B] the same of return 2",
+     "the row's own reward in its baseline; rows of a problem not side by side"),
+    ("STAGE_advantage1", "reward", "[B] return 1 less its baseline; 0 in Stage I",
+     "attempt 2's reward or bonus reaches attempt 1; turns swapped; divided by a deviation"),
+    ("STAGE_advantage2", "reward", "[B] return 2 less its baseline",
+     "turns swapped; divided by the group's standard deviation, which would erase alpha"),
+    ("STAGE_token_advantage", "reward", "[B, S] the advantage of each token by its token_turn",
+     "divided by the attempt's length; attempt 2's given to attempt 1's tokens; offline attempts"),
+    # what holds them to the base
+    ("after", "reward", "[B, S] the sum of what comes later in the row", "inclusive instead"),
+    ("kl_token_exact", "kl", "[B, S] KL(policy || base) of the next token over the vocabulary, 0 "
+     "where turn is 0", "the order of its arguments; the temperature; mean over V"),
+    ("kl_token_k1", "kl", "[B, S] log policy - log base of the token that came, 0 where turn is 0",
+     "the order of its arguments; k2 or k3 instead"),
+    ("kl1_KL", "kl", "[B] the sum of kl_token_KL over attempt 1, 0 if another model wrote it",
+     "the wrong attempt's tokens, or both attempts'; k3 instead of k1; divided by the length"),
+    ("kl2_KL", "kl", "[B] the same of attempt 2", "as kl1"),
+    ("STAGE_token_kl_weight", "reward", "[B, S] the weight of the token's KL: beta1, on attempt 1 "
+     "in Stage I beta1 + beta2, 0 where token_turn is 0",
+     "beta1 is on both attempts in Stage I, too; a KL that is detached has no weight"),
+    # what is learned from it
+    ("STAGE_KL_loss", "loss", "[B] each row's loss in value, the weighted KLs (the score function "
+     "adds gradient and no value)",
+     "advantage times log-probability added in value: leave it out, only gradients count"),
+    ("STAGE_KL_gradient", "gradient", "[B, S, V] of the mean loss over rows by the policy's logits",
+     "a KL without its future term (a token also decides what comes later); k1, k2 or k3 "
+     "differentiated; 1 / temperature; sum, or mean over tokens, instead of mean over rows"),
+    ("STAGE_KL_grad_norm", "weights", "the norm of its gradient by all weights",
+     "the gradient by the logits agrees: the model's backward pass; or it was clipped"),
+    ("STAGE_KL_grad_norms", "weights", "{weight: norm}", "as the norm of all"),
+    ("STAGE_KL_grad_entries", "weights", "{weight: [its first entry, its last]}",
+     "transposed, or heads in another order"),
+    # whether it helped
+    *((name, "metrics", what, "rates are of all problems, repair and spoil rate of the wrong and "
+       "the right first attempts") for name, what in (
+        ("n", "problems"), ("acc_t1", "share right at attempt 1"),
+        ("acc_t2", "share right at attempt 2"), ("delta", "acc_t2 - acc_t1"),
+        ("delta_i_to_c", "share of all that went from wrong to right"),
+        ("delta_c_to_i", "share of all that went from right to wrong"),
+        ("repair_rate", "share repaired of the wrong first attempts, null if none"),
+        ("spoil_rate", "share spoilt of the right first attempts, null if none"))),
+    *((f"{name}_interval", "metrics", "[low, high], 95 % Wilson", "Wilson's, not Wald's; z 1.96")
+      for name in ("acc_t1", "acc_t2", "delta_i_to_c", "delta_c_to_i", "repair_rate",
+                   "spoil_rate")),
+    ("delta_interval", "metrics", "[low, high], 95 % paired bootstrap over problems",
+     "both attempts of a problem are drawn together"),
+)  # fmt: skip
+PLACE = {q.name: i for i, q in enumerate(ORDER)}
+
+# --- comparing ------------------------------------------------------------------------------------
+
+
+def leaves(x, at: str = ""):
+    """Yield the place of everything in nested lists and objects that is neither, and the thing."""
+    if isinstance(x, (dict, list)):
+        for key, y in x.items() if isinstance(x, dict) else enumerate(x):
+            yield from leaves(y, f"{at}[{key}]")
+    else:
+        yield at, x
+
+
+def shape(x) -> str:
+    """Return the sizes of nested lists, `?` where rows differ; the names of an object."""
+    if isinstance(x, dict):
+        return "{" + ", ".join(x) + "}"
+    sizes, level = [], [x]
+    while level and all(isinstance(y, list) for y in level):
+        lengths = {len(y) for y in level}
+        sizes.append(str(lengths.pop()) if len(lengths) == 1 else "?")
+        level = [z for y in level for z in y]
+    return f"[{', '.join(sizes)}]" if sizes else "a number"
+
+
+def apart(expected, got) -> float:
+    """Return the distance of two numbers, infinite if only one is null, or the second is nan."""
+    if expected is None or got is None:
+        return 0.0 if expected is got else math.inf
+    return math.inf if math.isnan(got) else abs(got - expected)
+
+
+class Verdict(NamedTuple):
+    """error: the largest difference over the largest expected entry (over 1 if all are 0).
+    where: its place, with what was expected and what came; of another shape, both shapes."""
+
+    error: float
+    where: str
+
+
+def compare(name: str, expected, got) -> Verdict:
+    """Return how far a quantity is from the expected.
+
+    Raises:
+      ValueError: it holds what is no number.
+    """
+    due, came = dict(leaves(expected)), dict(leaves(got))
+    for at, x in came.items():
+        if x is not None and not isinstance(x, (int, float)):
+            raise ValueError(f"{name}{at} is {x!r}, which is no number")
+    if due.keys() != came.keys():
+        at = min(due.keys() ^ came.keys(), key=[*due, *came].index)
+        which = "is missing" if at in due else "should not be there"
+        return Verdict(
+            math.inf, f"shape {shape(got)}, expected {shape(expected)}: {name}{at} {which}"
+        )
+    errors = {at: apart(x, came[at]) for at, x in due.items()}
+    at = max(errors, key=errors.get)
+    largest = max(abs(x or 0.0) for x in due.values()) or 1.0
+    return Verdict(errors[at] / largest, f"{name}{at}: expected {due[at]}, got {came[at]}")
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> dict:
+    """Return the object in a JSON file; ValueError if there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold an object, {{case: {{quantity: values}}}}")
+    return found
+
+
+def contract() -> dict[str, dict]:
+    """Return all cases of the golden files, by name."""
+    files = [read(path) for path in sorted(GOLDEN.glob("*.json"))]
+    return {name: case for file in files for name, case in file.get("cases", {}).items()}
+
+
+def known(kind: str, name: str, names) -> None:
+    """Raise ValueError if a name is none of those there are."""
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        raise ValueError(f"unknown {kind} {name!r}" + (f"; is it {near[0]!r}?" if near else ""))
+
+
+def check(results: dict, cases: dict[str, dict]) -> dict[tuple[str, str], Verdict | None]:
+    """Return the verdict on each (quantity, case) of the contract, in order; None where missing.
+
+    Raises:
+      ValueError: a case or quantity has no such name, or nothing can be compared.
+    """
+    for name, quantities in results.items():
+        known("case", name, list(cases))
+        if not isinstance(quantities, dict):
+            raise ValueError(f"case {name!r} must be an object, got {shape(quantities)}")
+        for quantity in quantities:
+            known(f"quantity of case {name!r}", quantity, list(cases[name]["outputs"]))
+    found = {}
+    for q in ORDER:
+        for name, case in cases.items():
+            if q.name in case["outputs"]:
+                got, key = results.get(name, {}), (q.name, name)
+                found[key] = None
+                if q.name in got:
+                    found[key] = compare(q.name, case["outputs"][q.name], got[q.name])
+    if not any(found.values()):
+        raise ValueError("the results hold no quantity of any case")
+    return found
+
+
+def status(quantity: str, verdict: Verdict | None, tolerance: dict[str, float | None]) -> str:
+    """Return a word: missing, not compared (in this dtype), ok or DIFFERS."""
+    most = tolerance[ORDER[PLACE[quantity]].kind]
+    if verdict is None or most is None:
+        return "missing" if verdict is None else "not compared"
+    return "ok" if verdict.error <= most else "DIFFERS"
+
+
+def first_difference(found: dict, tolerance: dict) -> tuple[str, str] | None:
+    """Return the first (quantity, case) in order of dependency that differs, or None."""
+    for (quantity, case), verdict in found.items():
+        if status(quantity, verdict, tolerance) == "DIFFERS":
+            return quantity, case
+    return None
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def explain(found: dict, key: tuple[str, str], tolerance: dict, dtype: str) -> str:
+    """Return where and by how much the first quantity differs, and the usual cause."""
+    q, verdict = ORDER[PLACE[key[0]]], found[key]
+    absent = [quantity for (quantity, case), v in found.items() if v is None and case == key[1]]
+    before = [name for name in absent if PLACE[name] < PLACE[q.name]]
+    lines = [
+        f"{q.name} differs first, in case {key[1]}",
+        f"  {verdict.where}",
+        f"  off by {verdict.error:.3g} of its largest entry; {dtype} allows {tolerance[q.kind]:g}",
+        f"  it is: {q.what}",
+        f"  usual cause: {q.cause}",
+    ]
+    if before:
+        lines.append(f"  not in the results, and so not ruled out: {', '.join(before)}")
+    return "\n".join(lines)
+
+
+def listing(found: dict, tolerance: dict) -> str:
+    """Return a line for each quantity: its status and error in each case that has it."""
+    words = {q.name: [] for q in ORDER}
+    for (quantity, case), verdict in found.items():
+        error = f" {verdict.error:.0e}" if verdict and verdict.error else ""
+        words[quantity].append(f"{case} {status(quantity, verdict, tolerance)}{error}")
+    return "\n".join(f"{name:<27} {', '.join(told)}" for name, told in words.items())
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line, whose help tells the format."""
+    lines = [
+        "RESULTS.json is {case: {quantity: values}}, numbers in nested lists. The cases:",
+        "  " + ", ".join(contract()),
+        "Quantities may be left out, cases too; what is missing is told. In order:",
+        *(f"  {q.name:<27} {q.what}" for q in ORDER),
+        "B rows (G of each problem, side by side), T tokens, S = T - 1 scored positions: position",
+        "s predicts token s + 1. V vocabulary. A difference is told as a share of the quantity's",
+        "largest expected entry; tests/golden/tolerances.json has the tolerances.",
+    ]
+    found = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog="\n".join(lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    found.add_argument("results", metavar="RESULTS.json", type=Path)
+    found.add_argument("--dtype", choices=DTYPES, default="float64", help="what it computed in")
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """Compare, print. Return the exit status."""
+    try:
+        asked = parser().parse_args(argv)
+        tolerance = read(GOLDEN / "tolerances.json")["tolerance"][asked.dtype]
+        found = check(read(asked.results), contract())
+    except ValueError as error:
+        print(f"check_port.py: error: {error}", file=sys.stderr)
+        return 2
+    first = first_difference(found, tolerance)
+    if first:
+        print(explain(found, first, tolerance, asked.dtype) + "\n")
+    print(listing(found, tolerance))
+    there = sum(v is not None for v in found.values())
+    print(f"{there} of {len(found)} quantities compared: {'they differ' if first else 'all agree'}")
+    return 1 if first else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
