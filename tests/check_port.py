@@ -16,6 +16,7 @@ import difflib
 import json
 import math
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,17 +35,16 @@ class Quantity(NamedTuple):
     cause: str
 
 
-def expand(*rows: tuple[str, str, str, str]) -> list[Quantity]:
-    """Return the rows, one for each stage and form of the KL that their names leave open."""
-    found = []
-    for name, kind, what, cause in rows:
-        names = [name.replace("STAGE", s) for s in ("stage1", "stage2")]
-        names = [x.replace("KL", kl) for kl in ("exact", "k1") for x in names]
-        found += [Quantity(x, kind, what, cause) for x in dict.fromkeys(names)]
+def expand(row: Quantity) -> list[Quantity]:
+    """Return the row, once for each stage and form of the KL that its name leaves open."""
+    found = [row]
+    for blank, names in (("FORM", ("exact", "k1")), ("STAGE", ("stage1", "stage2"))):
+        filled = [(q, name) for q in found for name in (names if blank in q.name else [""])]
+        found = [Quantity(*(x.replace(blank, name) for x in q)) for q, name in filled]
     return found
 
 
-ORDER = expand(
+ROWS = (
     # what the rows are
     ("ids", "exact", "[B, T] prompt, attempt 1, instruction, attempt 2, then zeros",
      "prompts not repeated side by side; padding between the parts; tokens behind an attempt's end "
@@ -72,6 +72,8 @@ ORDER = expand(
     ("sampled1", "decoded", "each row's first attempt, token = argmax p / noise[step][row]",
      "the temperature; the noise of rows that are done drawn or not; base's rows (noise1_base)"),
     ("sampled2", "decoded", "the second", "as greedy2"),
+    ("sampled_logp", "drawn", "[B, S] as logp, but by who drew the token, when it was drawn",
+     "as greedy1 and greedy2; base's rows have the base's"),
     ("truncated", "decoded", "[B, 2] no end of turn within max_new tokens",
      "max_new counts the end of turn; told by the length alone"),
     # what they earn
@@ -91,27 +93,25 @@ ORDER = expand(
      "divided by the attempt's length; attempt 2's given to attempt 1's tokens; offline attempts"),
     # what holds them to the base
     ("after", "reward", "[B, S] the sum of what comes later in the row", "inclusive instead"),
-    ("kl_token_exact", "kl", "[B, S] KL(policy || base) of the next token over the vocabulary, 0 "
-     "where turn is 0", "the order of its arguments; the temperature; mean over V"),
-    ("kl_token_k1", "kl", "[B, S] log policy - log base of the token that came, 0 where turn is 0",
+    ("kl_token_exact", "kl", "[B, S] KL(policy || base) over the vocabulary, 0 where turn is 0",
+     "the order of its arguments; the temperature; mean over V"),
+    ("kl_token_k1", "kl", "[B, S] logp - ref_logp, 0 where turn is 0",
      "the order of its arguments; k2 or k3 instead"),
-    ("kl1_KL", "kl", "[B] the sum of kl_token_KL over attempt 1, 0 if another model wrote it",
+    ("kl1_FORM", "kl", "[B] the sum of kl_token_FORM over attempt 1, 0 if another model wrote it",
      "the wrong attempt's tokens, or both attempts'; k3 instead of k1; divided by the length"),
-    ("kl2_KL", "kl", "[B] the same of attempt 2", "as kl1"),
-    ("STAGE_token_kl_weight", "reward", "[B, S] the weight of the token's KL: beta1, on attempt 1 "
-     "in Stage I beta1 + beta2, 0 where token_turn is 0",
+    ("kl2_FORM", "kl", "[B] the same of attempt 2", "as kl1"),
+    ("STAGE_token_kl_weight", "reward", "[B, S] by token_turn: beta1; in Stage I, 1: beta1 + beta2",
      "beta1 is on both attempts in Stage I, too; a KL that is detached has no weight"),
     # what is learned from it
-    ("STAGE_KL_loss", "loss", "[B] each row's loss in value, the weighted KLs (the score function "
-     "adds gradient and no value)",
-     "advantage times log-probability added in value: leave it out, only gradients count"),
-    ("STAGE_KL_gradient", "gradient", "[B, S, V] of the mean loss over rows by the policy's logits",
+    ("STAGE_FORM_loss", "loss", "[B] each row's, in value its weighted KLs alone",
+     "advantage times log-probability is in the value, where it is in the gradient alone"),
+    ("STAGE_FORM_gradient", "gradient", "[B, S, V] of the mean over rows, by the policy's logits",
      "a KL without its future term (a token also decides what comes later); k1, k2 or k3 "
      "differentiated; 1 / temperature; sum, or mean over tokens, instead of mean over rows"),
-    ("STAGE_KL_grad_norm", "weights", "the norm of its gradient by all weights",
+    ("STAGE_FORM_grad_norm", "weights", "the norm of its gradient by all weights",
      "the gradient by the logits agrees: the model's backward pass; or it was clipped"),
-    ("STAGE_KL_grad_norms", "weights", "{weight: norm}", "as the norm of all"),
-    ("STAGE_KL_grad_entries", "weights", "{weight: [its first entry, its last]}",
+    ("STAGE_FORM_grad_norms", "weights", "{weight: norm}", "as the norm of all"),
+    ("STAGE_FORM_grad_entries", "weights", "{weight: [its first entry, its last]}",
      "transposed, or heads in another order"),
     # whether it helped
     *((name, "metrics", what, "rates are of all problems, repair and spoil rate of the wrong and "
@@ -128,6 +128,7 @@ ORDER = expand(
     ("delta_interval", "metrics", "[low, high], 95 % paired bootstrap over problems",
      "both attempts of a problem are drawn together"),
 )  # fmt: skip
+ORDER = [q for row in ROWS for q in expand(Quantity(*row))]
 PLACE = {q.name: i for i, q in enumerate(ORDER)}
 
 # --- comparing ------------------------------------------------------------------------------------
@@ -155,10 +156,10 @@ def shape(x) -> str:
 
 
 def apart(expected, got) -> float:
-    """Return the distance of two numbers, infinite if only one is null, or the second is nan."""
+    """Return the distance of two numbers, infinite if only one is null or the second is none."""
     if expected is None or got is None:
         return 0.0 if expected is got else math.inf
-    return math.inf if math.isnan(got) else abs(got - expected)
+    return abs(got - expected) if abs(got) < 1e300 else math.inf  # nan is not, either
 
 
 class Verdict(NamedTuple):
@@ -198,10 +199,11 @@ def read(path: Path) -> dict:
     """Return the object in a JSON file; ValueError if there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold an object, {{case: {{quantity: values}}}}")
+        raise ValueError(f"{path} must hold an object, {{case: {{quantity: values}}}}, "
+                         f"got {shape(found)}")  # fmt: skip
     return found
 
 
@@ -292,9 +294,10 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line, whose help tells the format."""
     lines = [
         "RESULTS.json is {case: {quantity: values}}, numbers in nested lists. The cases:",
-        "  " + ", ".join(contract()),
-        "Quantities may be left out, cases too; what is missing is told. In order:",
-        *(f"  {q.name:<27} {q.what}" for q in ORDER),
+        textwrap.fill(", ".join(contract()), 99, initial_indent="  ", subsequent_indent="  "),
+        "Quantities may be left out, cases too; what is missing is told. In order of dependency,",
+        "STAGE being stage1 or stage2, FORM exact or k1:",
+        *(f"  {name:<23} {what}" for name, _, what, _ in ROWS),
         "B rows (G of each problem, side by side), T tokens, S = T - 1 scored positions: position",
         "s predicts token s + 1. V vocabulary. A difference is told as a share of the quantity's",
         "largest expected entry; tests/golden/tolerances.json has the tolerances.",

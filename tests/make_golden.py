@@ -114,7 +114,10 @@ STEPS = {
     ),
 }  # fmt: skip
 TABLES = {  # right at attempt 1, right at attempt 2
-    "metrics": ([1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0], [1, 1, 0, 1, 1, 1, 1, 0, 0, 0, 0]),
+    "metrics": (
+        [1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0, 0],
+    ),
     "metrics_all_right_first": ([1, 1, 1], [1, 0, 1]),
 }
 
@@ -335,7 +338,7 @@ def step(program, weights: dict, case: dict, dtype: str) -> dict:
         for name, temperature in (("greedy", 0.0), ("sampled", case["temperature"])):
             sample = sampled(program, pair, case, temperature)
             found |= {f"{name}{k}": program.rollout.written(sample, k) for k in (1, 2)}
-        found["truncated"] = sample.truncated_BK
+        found |= dict(truncated=sample.truncated_BK, sampled_logp=sample.logp_BS)
         real_BS = torch.arange(1, r.ids_BT.shape[1]) < r.length_B[:, None]
         for name, model in zip(("logits", "ref_logits"), pair, strict=True):
             found[name] = model(r.ids_BT[:, :-1]) * real_BS[..., None]
@@ -570,12 +573,12 @@ HAND = {
 # --- tolerances -----------------------------------------------------------------------------------
 
 TOLERANCE = {
-    "float64": dict(exact=0, decoded=0, reward=1e-9, logits=1e-9, logp=1e-9, kl=1e-9, loss=1e-9,
-                    gradient=1e-9, weights=1e-9, metrics=1e-9),
-    "float32": dict(exact=0, decoded=0, reward=1e-6, logits=2e-5, logp=2e-5, kl=2e-5, loss=2e-5,
-                    gradient=2e-5, weights=5e-5, metrics=1e-6),
-    "bfloat16": dict(exact=0, decoded=None, reward=1e-6, logits=0.05, logp=0.05, kl=0.05, loss=0.05,
-                     gradient=0.05, weights=0.2, metrics=1e-6),
+    "float64": dict(exact=0, logits=1e-9, logp=1e-9, decoded=0, drawn=1e-9, reward=1e-9, kl=1e-9,
+                    loss=1e-9, gradient=1e-9, weights=1e-9, metrics=1e-9),
+    "float32": dict(exact=0, logits=2e-5, logp=2e-5, decoded=0, drawn=2e-5, reward=1e-6, kl=2e-5,
+                    loss=2e-5, gradient=2e-5, weights=5e-5, metrics=1e-6),
+    "bfloat16": dict(exact=0, logits=0.05, logp=0.05, decoded=None, drawn=None, reward=1e-6,
+                     kl=0.05, loss=0.05, gradient=0.05, weights=0.2, metrics=1e-6),
 }  # fmt: skip
 
 

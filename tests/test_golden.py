@@ -167,17 +167,20 @@ def test_logits_are_those_of_a_transformer_in_numpy(name):
 def test_attempts_are_drawn_token_by_token(name):
     """One row after another, without a cache: the noise's best token, or the likeliest one."""
     given, found = CASES[name]["inputs"], CASES[name]["outputs"]
-    leads = []
+    leads, logp_BS = [], np.zeros(np.shape(found["logp"]))
 
     def attempt(model, context, noise, b):
         row, w = [], arrays(model)
         while len(row) < given["max_new"] and given["end_id"] not in row:
             logits = forward(w, np.array([context + row]))[0, -1]
-            p = [math.exp(x) for x in law(logits, given["temperature"])]
-            if noise is not None:
-                p = [x / e for x, e in zip(p, noise[len(row)][b], strict=True)]
-                leads.append(sorted(p)[-1] / sorted(p)[-2])
+            logp = law(logits, given["temperature"])
+            if noise is None:
+                row.append(logp.index(max(logp)))
+                continue
+            p = [math.exp(x) / e for x, e in zip(logp, noise[len(row)][b], strict=True)]
+            leads.append(sorted(p)[-1] / sorted(p)[-2])
             row.append(p.index(max(p)))
+            logp_BS[b, len(context + row) - 2] = logp[row[-1]]
         return row
 
     for b, prompt in enumerate(x for x in given["prompts"] for _ in range(given["G"])):
@@ -192,6 +195,7 @@ def test_attempts_are_drawn_token_by_token(name):
         second = attempt("policy", prompt + first + given["instruction"], None, 0)
         assert [first, second] == [found["greedy1"][p], found["greedy2"][p]]
     assert min(leads) > 1.07
+    assert check_port.compare("", logp_BS.tolist(), found["sampled_logp"]).error < 1e-9
 
 
 # --- the rows and the losses, in plain Python -----------------------------------------------------
