@@ -217,7 +217,7 @@ def known(kind: str, name: str, names) -> None:
     """Raise ValueError if a name is none of those there are."""
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
-        raise ValueError(f"unknown {kind} {name!r}" + (f"; is it {near[0]!r}?" if near else ""))
+        raise ValueError(f"there is no {kind} {name!r}" + (f"; is it {near[0]!r}?" if near else ""))
 
 
 def check(results: dict, cases: dict[str, dict]) -> dict[tuple[str, str], Verdict | None]:
@@ -231,7 +231,7 @@ def check(results: dict, cases: dict[str, dict]) -> dict[tuple[str, str], Verdic
         if not isinstance(quantities, dict):
             raise ValueError(f"case {name!r} must be an object, got {shape(quantities)}")
         for quantity in quantities:
-            known(f"quantity of case {name!r}", quantity, list(cases[name]["outputs"]))
+            known(f"quantity of case {name!r} named", quantity, list(cases[name]["outputs"]))
     found = {}
     for q in ORDER:
         for name, case in cases.items():
@@ -239,7 +239,7 @@ def check(results: dict, cases: dict[str, dict]) -> dict[tuple[str, str], Verdic
                 got, key = results.get(name, {}), (q.name, name)
                 found[key] = None
                 if q.name in got:
-                    found[key] = compare(q.name, case["outputs"][q.name], got[q.name])
+                    found[key] = compare(f"{name}.{q.name}", case["outputs"][q.name], got[q.name])
     if not any(found.values()):
         raise ValueError("the results hold no quantity of any case")
     return found

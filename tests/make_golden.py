@@ -19,7 +19,6 @@ import math
 import random
 import sys
 import textwrap
-from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -69,7 +68,8 @@ ABOUT = {
             weight (KL + c log p) - advantage log p,
         KL the exact KL of the token's law, c the detached sum of the KLs of the attempt's *later*
         tokens; or with k1, weight c log p - advantage log p, c the detached sum of log(p / base)
-        over this token and the attempt's later ones. The gradients are those of the mean over rows.
+        over this token and the attempt's later ones. Gradients are of its mean over rows; what is
+        called loss is, in value, the sum of weight KL alone (of weight log(p / base), with k1).
     """),
     "metrics": lines("""
         Right or not at attempts 1 and 2, of each problem, and the metrics. delta_interval is a
@@ -89,7 +89,6 @@ ABOUT = {
         of reach of other orders of summing. bfloat16: 3 times or more; rewards are float32 there,
         too; what is decoded is not compared (null), as another token may come to be the
         likeliest. Mistakes are off by more: `tests/test_port.py`.
-        the likeliest. Mistakes are off by more: `tests/test_port.py`.
     """),
 }
 
@@ -160,23 +159,20 @@ def rotary(program) -> dict[str, list]:
 # --- outputs of the shipped code ------------------------------------------------------------------
 
 
+def settings(program, dtype: str):
+    """Return the settings of a run that computes in a dtype (of float64 there is none)."""
+    return program.run.Config(dtype="bfloat16" if dtype == "bfloat16" else "float32")
+
+
 def models(program, weights: dict, dtype: str):
-    """Return policy and frozen base as a run computes them in a dtype."""
+    """Return policy and frozen base as a run has them."""
     found = []
     for name in ("policy", "base"):
         model = program.model.GPT(program.model.GPTConfig(**CONFIG)).to(DTYPES[dtype])
         state = {key: torch.tensor(x, dtype=torch.float64) for key, x in weights[name].items()}
         model.load_state_dict(state)
         found.append(model)
-    if dtype == "bfloat16":
-        found[1] = program.run.frozen(found[1], program.run.Config(dtype=dtype))
-    return found
-
-
-def precision(program, dtype: str):
-    """Return the context that a run computes in."""
-    bfloat16 = dtype == "bfloat16"
-    return program.run.computing(program.run.Config(dtype=dtype)) if bfloat16 else nullcontext()
+    return found[0], program.run.frozen(found[1], settings(program, dtype))
 
 
 def sampled(program, models, case: dict, temperature: float):
@@ -208,25 +204,25 @@ def sampled(program, models, case: dict, temperature: float):
 def laid_out(program, case: dict):
     """Return the case's rows as the shipped code lays them out, with nonsense behind each end."""
 
-    def piece(rows, n):
-        ids = torch.tensor([(row + [2, 0, 3, 1, 2])[: n + 1] for row in rows])
+    def piece(rows):
+        n = max(map(len, rows)) + 1
+        ids = torch.tensor([(row + [2, 0, 3, 1, 2])[:n] for row in rows])
         return ids, torch.tensor([len(row) for row in rows])
 
     prompts = [x for x in case["prompts"] for _ in range(case["G"])]
     turns = []
     for k in (1, 2):
-        ids_BN, n_B = piece(case[f"attempts{k}"], case["max_new"])
+        ids_BN, n_B = piece(case[f"attempts{k}"])
         cut_B = torch.tensor([row[-1] != case["end_id"] for row in case[f"attempts{k}"]])
         turns.append(program.rollout.Turn(ids_BN, n_B, torch.zeros(ids_BN.shape), cut_B))
-    order = piece([case["instruction"]] * len(prompts), len(case["instruction"]))
-    offline1_B = torch.tensor(case["offline1"])
-    return program.rollout.assemble(piece(prompts, 5), turns, order, offline1_B)
+    order, offline1_B = piece([case["instruction"]] * len(prompts)), torch.tensor(case["offline1"])
+    return program.rollout.assemble(piece(prompts), turns, order, offline1_B)
 
 
 def scored(program, models, r, case: dict, kl: str) -> dict:
     """Return the shipped score_terms, with what it hands to the KL's estimator and the logits."""
     policy, base = models
-    seen, estimator = {"logits": None}, getattr(program.score, f"kl_{kl}")
+    seen, estimator = {}, getattr(program.score, f"kl_{kl}")
 
     def logits(state):
         seen["logits"] = type(policy).logits(policy, state)
@@ -242,10 +238,14 @@ def scored(program, models, r, case: dict, kl: str) -> dict:
     return seen | dict(zip(("logp", "kl1", "kl2"), terms, strict=True))
 
 
+def rewards(case: dict, dtype):
+    """Return the rewards of both attempts."""
+    return (torch.tensor(case[x], dtype=dtype) for x in ("reward1", "reward2"))
+
+
 def loss(program, stage: str, case: dict, masks, logp_BS, kl1_B, kl2_B):
     """Return the shipped loss of each row."""
-    reward1_B, reward2_B = (torch.tensor(case[x], dtype=logp_BS.dtype)
-                            for x in ("reward1", "reward2"))  # fmt: skip
+    reward1_B, reward2_B = rewards(case, logp_BS.dtype)
     if stage == "stage1":
         return program.score.loss_stage1(
             logp_BS, masks[1], kl1_B, kl2_B, reward2_B, case["G"], case["beta1"], case["beta2"]
@@ -261,24 +261,20 @@ def slopes(program, stage: str, case: dict, masks, dtype):
     logp_BS = torch.zeros(masks[0].shape, dtype=dtype, requires_grad=True)
     kls = [torch.zeros(len(logp_BS), dtype=dtype, requires_grad=True) for _ in masks]
     loss(program, stage, case, masks, logp_BS, *kls).sum().backward()
-    none_B = torch.zeros(len(logp_BS), dtype=dtype)
-    return -logp_BS.grad, [none_B if x.grad is None else x.grad for x in kls]
+    return -logp_BS.grad, [torch.zeros_like(x) if x.grad is None else x.grad for x in kls]
 
 
 def credit(program, stage: str, case: dict, masks, dtype) -> dict:
     """Return returns, baselines and advantages of a stage, and what it says to each token."""
-    B, found = len(case["reward1"]), {}
-    reward1_B, reward2_B = (torch.tensor(case[f"reward{k}"], dtype=dtype) for k in (1, 2))
-    returns = {2: reward2_B}
+    reward1_B, reward2_B = rewards(case, dtype)
+    returns, found = {2: reward2_B}, {}
     if stage == "stage2":
-        returns = {
-            1: reward1_B,
-            2: program.score.shaped_reward(reward1_B, reward2_B, case["alpha"]),
-        }
+        shaped_B = program.score.shaped_reward(reward1_B, reward2_B, case["alpha"])
+        returns = {1: reward1_B, 2: shaped_B}
     for k, return_B in returns.items():
         found[f"{stage}_return{k}"] = return_B
         found[f"{stage}_baseline{k}"] = program.score.leave_one_out(return_B, case["G"])
-    single = torch.tensor([[True, False]] * B), torch.tensor([[False, True]] * B)
+    single = torch.eye(2, dtype=torch.bool)[:, None].expand(-1, len(reward1_B), -1)
     advantage_BK, _ = slopes(program, stage, case, single, dtype)  # attempts of one token each
     found[f"{stage}_advantage1"], found[f"{stage}_advantage2"] = advantage_BK.unbind(dim=1)
     found[f"{stage}_token_advantage"], weights = slopes(program, stage, case, masks, dtype)
@@ -333,7 +329,7 @@ def learned(program, models, r, case: dict, dtype) -> dict:
 def step(program, weights: dict, case: dict, dtype: str) -> dict:
     """Return all outputs of a case that has a model, as plain numbers."""
     pair, r = models(program, weights, dtype), laid_out(program, case)
-    with precision(program, dtype):
+    with program.run.computing(settings(program, dtype)):
         found = learned(program, pair, r, case, DTYPES[dtype])
         for name, temperature in (("greedy", 0.0), ("sampled", case["temperature"])):
             sample = sampled(program, pair, case, temperature)
@@ -369,8 +365,7 @@ class Table(torch.nn.Module):
 def from_logits(program, case: dict) -> dict:
     """Return what follows from given logits."""
     pair = [Table(case[x]) for x in ("logits", "ref_logits")]
-    r = laid_out(program, case | {"max_new": max(map(len, case["attempts1"] + case["attempts2"]))})
-    return plain(learned(program, pair, r, case, torch.float64))
+    return plain(learned(program, pair, laid_out(program, case), case, torch.float64))
 
 
 def from_laws(program, case: dict) -> dict:
@@ -468,7 +463,7 @@ HAND = {
         derivation=lines("""
         Eq. 5, r2 + alpha (r2 - r1), with alpha = 10, for all four (r1, r2):
         (0, 0): 0 + 0 = 0; (0, 1): 1 + 10 = 11; (1, 0): 0 - 10 = -10; (1, 1): 1 + 0 = 1.
-    """),
+        """),
         inputs=dict(alpha=10.0, reward1=[0.0, 0.0, 1.0, 1.0], reward2=[0.0, 1.0, 0.0, 1.0]),
         outputs=dict(stage2_return2=[0.0, 11.0, -10.0, 1.0]),
     ),
@@ -477,7 +472,7 @@ HAND = {
         Two problems of three rows each. The first has rewards 1 0 0. The means of the others:
         (0 + 0) / 2 = 0, (1 + 0) / 2 = 0.5, (1 + 0) / 2 = 0.5. What is left: 1, -0.5, -0.5.
         The second has rewards 1 1 1: each mean is 1, and 0 is left.
-    """),
+        """),
         inputs=dict(G=3, reward2=[1.0, 0.0, 0.0, 1.0, 1.0, 1.0]),
         outputs=dict(
             stage1_baseline2=[0.0, 0.5, 0.5, 1.0, 1.0, 1.0],
@@ -487,7 +482,7 @@ HAND = {
     "after": dict(
         derivation=lines("""
         What comes later, the entry itself not counted: 2 + 4 = 6; 4; 0.
-    """),
+        """),
         inputs=dict(x=[[1.0, 2.0, 4.0]]),
         outputs=dict(after=[[6.0, 4.0, 0.0]]),
     ),
@@ -497,7 +492,7 @@ HAND = {
         ln(p / q) = (1, -1, -2) ln 2. KL(p || q) = (0.8 - 0.1 - 0.2) ln 2 = 0.5 ln 2 = 0.34657.
         (The other way round: (-0.4 + 0.2 + 0.8) ln 2 = 0.6 ln 2, which is wrong.)
         k1 of token 0 is ln 2 = 0.69315, of token 2 it is -2 ln 2 = -1.3863.
-    """),
+        """),
         inputs=dict(law=[[0.8, 0.1, 0.1]] * 2, ref_law=[[0.4, 0.2, 0.4]] * 2, tokens=[0, 2]),
         outputs=dict(kl_token_exact=[0.5 * LN2] * 2, kl_token_k1=[LN2, -2 * LN2]),
     ),
@@ -534,7 +529,7 @@ HAND = {
           (0.1 * 0.32 ln 2 - 1 * 0.6) / 4 = -0.14445. Stage II there:
           (0.1 * 0.32 ln 2 - 5 * 0.6) / 4 = -0.74445. Stage II, exact, row 0, s = 0, v = 0:
           (0.1 * 0.6 ln 2 + 1 * 0.2) / 4 = 0.060397.
-    """),
+        """),
         inputs=dict(
             prompts=[[2]], instruction=[0], end_id=1, temperature=2.0, G=2,
             alpha=2.0, beta1=0.1, beta2=0.3, offline1=[False, False],
@@ -563,7 +558,7 @@ HAND = {
         Five problems (r1, r2): (1, 1) (1, 0) (0, 1) (0, 0) (0, 1). Right first: 2 of 5 = 0.4;
         right second: 3 of 5 = 0.6; delta 0.2. Wrong to right: 2 of 5 = 0.4; right to wrong:
         1 of 5 = 0.2; 0.4 - 0.2 = 0.2. Repaired: 2 of 3 wrong; spoilt: 1 of 2 right.
-    """),
+        """),
         inputs=dict(right1=[1, 1, 0, 0, 0], right2=[1, 0, 1, 0, 1]),
         outputs=dict(n=5, acc_t1=0.4, acc_t2=0.6, delta=0.2, delta_i_to_c=0.4, delta_c_to_i=0.2,
                      repair_rate=2 / 3, spoil_rate=0.5),
@@ -590,7 +585,7 @@ def measured(program, weights: dict, cases: dict, dtype: str) -> dict[str, float
         kind = check_port.ORDER[check_port.PLACE[name]].kind
         if verdict:
             worst[kind] = max(worst.get(kind, 0.0), verdict.error)
-    return worst
+    return {kind: float(f"{error:.2g}") for kind, error in worst.items()}
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -646,7 +641,7 @@ def make(program) -> dict[str, dict]:
         inputs = {"right1": right1, "right2": right2}
         cases[name] = {"inputs": inputs, "outputs": ordered(from_table(inputs))}
     cases |= rounded(HAND)
-    files = {
+    return {
         "weights": {
             "about": ABOUT["weights"],
             "config": CONFIG,
@@ -663,7 +658,6 @@ def make(program) -> dict[str, dict]:
             "measured": {d: measured(program, weights, cases, d) for d in check_port.DTYPES},
         },
     }
-    return files
 
 
 def main():

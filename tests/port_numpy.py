@@ -176,4 +176,6 @@ def results() -> dict:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python tests/port_numpy.py RESULTS.json")
     Path(sys.argv[1]).write_text(json.dumps(results()))

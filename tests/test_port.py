@@ -244,11 +244,11 @@ def test_a_part_is_enough(capsys, tmp_path):
         pytest.param("[" * 100_000, "cannot read", id="deep"),
         ({}, "no quantity of any case"),
         ({"pairs": {}}, "no quantity of any case"),
-        ({"pears": {}}, "unknown case 'pears'; is it 'pairs'?"),
+        ({"pears": {}}, "there is no case 'pears'; is it 'pairs'?"),
         ({"pairs": [1, 2]}, "case 'pairs' must be an object, got [2]"),
-        ({"pairs": {"advantage2": [1]}}, "unknown quantity of case 'pairs' 'advantage2'"),
+        ({"pairs": {"advantage2": [1]}}, "there is no quantity of case 'pairs' named 'advantage2'"),
         ({"pairs": {"lenght": [1]}}, "'lenght'; is it 'length'?"),
-        ({"pairs": {"length": [9, "9"]}}, "length[1] is '9', which is no number"),
+        ({"pairs": {"length": [9, "9"]}}, "pairs.length[1] is '9', which is no number"),
     ],
 )
 def test_bad_input_is_named(capsys, tmp_path, content, said):
@@ -260,8 +260,11 @@ def test_bad_input_is_named(capsys, tmp_path, content, said):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (lambda x: x[:-1], "shape [7], expected [8]: stage2_k1_loss[7] is missing"),
-        (lambda x: [*x, 0.0], "shape [9], expected [8]: stage2_k1_loss[8] should not be there"),
+        (lambda x: x[:-1], "shape [7], expected [8]: pairs.stage2_k1_loss[7] is missing"),
+        (
+            lambda x: [*x, 0.0],
+            "shape [9], expected [8]: pairs.stage2_k1_loss[8] should not be there",
+        ),
         (lambda x: [x], "shape [1, 8], expected [8]"),
         (lambda x: x[0], "shape a number, expected [8]"),
         (lambda x: {"row": x}, "shape {row}, expected [8]"),
