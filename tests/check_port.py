@@ -270,15 +270,15 @@ def explain(found: dict, key: tuple[str, str], tolerance: dict, dtype: str) -> s
     absent = [quantity for (quantity, case), v in found.items() if v is None and case == key[1]]
     before = [name for name in absent if PLACE[name] < PLACE[q.name]]
     lines = [
-        f"{q.name} differs first, in case {key[1]}",
-        f"  {verdict.where}",
-        f"  off by {verdict.error:.3g} of its largest entry; {dtype} allows {tolerance[q.kind]:g}",
-        f"  it is: {q.what}",
-        f"  usual cause: {q.cause}",
+        verdict.where,
+        f"off by {verdict.error:.3g} times its largest entry; {dtype} allows {tolerance[q.kind]:g}",
+        f"it is: {q.what}",
+        f"usual cause: {q.cause}",
     ]
     if before:
-        lines.append(f"  not in the results, and so not ruled out: {', '.join(before)}")
-    return "\n".join(lines)
+        lines.append(f"not in the results, and so not ruled out: {', '.join(before)}")
+    told = [textwrap.fill(x, 99, initial_indent="  ", subsequent_indent="    ") for x in lines]
+    return "\n".join([f"{q.name} differs first, in case {key[1]}", *told])
 
 
 def listing(found: dict, tolerance: dict) -> str:
@@ -321,11 +321,11 @@ def main(argv: list[str]) -> int:
         print(f"check_port.py: error: {error}", file=sys.stderr)
         return 2
     first = first_difference(found, tolerance)
-    if first:
-        print(explain(found, first, tolerance, asked.dtype) + "\n")
-    print(listing(found, tolerance))
     there = sum(v is not None for v in found.values())
-    print(f"{there} of {len(found)} quantities compared: {'they differ' if first else 'all agree'}")
+    lines = [explain(found, first, tolerance, asked.dtype), ""] if first else []
+    lines += [listing(found, tolerance), f"{there} of {len(found)} quantities compared: "
+              + ("some differ" if first else "all agree")]  # fmt: skip
+    print("\n".join(lines))  # at once, for those who read but the head of it
     return 1 if first else 0
 
 

@@ -219,6 +219,7 @@ def test_what_is_told_of_the_first_difference(capsys, tmp_path):
     worst = max(range(8), key=lambda b: abs(advantage[b] - expected[b]))
     assert f"[{worst}]: expected {expected[worst]}, got {advantage[worst]}" in lines[1]
     assert "float64 allows 1e-09" in lines[2] and "standard deviation" in lines[4]
+    assert max(map(len, lines[:6])) <= 100
     assert lines[5].endswith("not ruled out: logp")
     assert any(line.startswith("stage2_advantage2 ") and "pairs DIFFERS" in line for line in lines)
     assert "logp                        pairs missing, triples ok" in told
