@@ -177,7 +177,7 @@ class Linear(nn.Linear):
         if (
             ONEDNN and weight.numel() >= LARGE and not torch.is_grad_enabled()
             and weight.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-            and not torch.is_autocast_enabled("cpu")
+            and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
         ):  # fmt: skip
             return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
         return super().forward(x)

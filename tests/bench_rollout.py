@@ -1,18 +1,22 @@
 """How fast are attempts sampled, against transformers' `generate` and against the machine?
 
-    python tests/bench_rollout.py           # a quarter of an hour; --sizes toy for a quick look
+    python tests/bench_rollout.py           # half an hour; --sizes toy takes minutes
 
 The same weights and the same work, in one process, in turns: each round measures every sampler
 once, and what is told is the median of the rounds with the least and the most. Greedy tokens must
 be identical before anything is timed. Attempts have a fixed length, so that all samplers take as
-many steps. An episode is two attempts at a problem, four episodes a problem: ours reads a problem
+many steps; tokens are drawn at temperature 1. "Compiled" is torch.compile of the model, on both
+sides. An episode is two attempts at a problem, four episodes a problem: ours reads a problem
 once for the four and goes on in the first attempt's cache; `generate` is called twice, and reads
-everything again for the second. The machine's own limits are measured in the same rounds: the
-memory's bandwidth by summing 1 GB, the cores' arithmetic by multiplying matrices of 2,048.
+everything again for the second.
+
+What bounds it is measured in the same rounds: the memory's bandwidth by summing 1 GB, the cores'
+arithmetic by multiplying matrices of 2,048; and how much of its time `generate` spends in matrix
+products and attention, which any sampler on these kernels has to do.
 """
 
 import argparse
-import json
+import functools
 import platform
 import statistics
 import sys
@@ -32,21 +36,27 @@ from model import GPT, Cache, GPTConfig
 
 RESULTS = ROOT / "tests/results/rollout.json"
 GROUP, INSTRUCTION = 4, 5  # rows of a problem; tokens of the instruction
-SIZES = {  # sizes of the model; tokens of a problem and of an attempt; batches
+SIZES = {  # sizes of the model; tokens of a problem and of an attempt; batches; rounds
     "toy": (
         GPTConfig(14, 3, 4, 4, 48, 96, 128, rope_theta=100.0, qkv_bias=True),
-        16, 9, (1, 8, 64, 512),
+        16, 9, (1, 8, 64, 512), 15,
     ),
     "10M": (
         GPTConfig(8192, 6, 6, 6, 384, 1024, 512, qkv_bias=True, tied_head=True),
-        64, 32, (1, 8, 64, 512),
+        32, 16, (1, 8, 64, 512), 5,
     ),
     "0.5B": (
         GPTConfig(151_936, 24, 14, 2, 896, 4864, 2048, 1e6, qkv_bias=True, tied_head=True),
-        128, 16, (1, 8, 64),
+        32, 16, (1, 8, 64), 5,
     ),
 }  # fmt: skip
-TITLES = {"ours": "ours", "dynamic": "`generate`, dynamic cache", "static": "static cache"}
+COMPILED = ("toy", "10M")  # sizes at which torch.compile is measured, too
+GENERATE = ("dynamic", "static", "dynamic, compiled", "static, compiled")
+ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+KERNELS = (
+    "aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise", ATTENTION,
+    ATTENTION + "_backward",
+)  # fmt: skip
 
 
 def there(model: GPT):
@@ -118,6 +128,14 @@ def limits() -> dict[str, Callable]:
     return {"stream": large.sum, "multiply": lambda: square @ square}
 
 
+def in_kernels(work: Callable) -> float:
+    """Return the share of a work's time that matrix products and attention take."""
+    with torch.profiler.profile() as profiler:
+        work()
+    own = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    return sum(own.get(name, 0.0) for name in KERNELS) / sum(own.values())
+
+
 def agree(name: str, found: dict[str, torch.Tensor]) -> None:
     """Raise SystemExit if greedy tokens differ, as the work would not be the same."""
     for other, ids in found.items():
@@ -125,41 +143,56 @@ def agree(name: str, found: dict[str, torch.Tensor]) -> None:
             raise SystemExit(f"{name}: greedy tokens of {other} differ from ours")
 
 
+def samplers(size: str, model: GPT, other, ids_BT, n: int) -> dict[str, Callable]:
+    """Return what samples n tokens after each row, by name, as functions of `greedy`."""
+
+    def ours(greedy, compiled):
+        model.compiled = compiled
+        return attempt(model, ids_BT, n, greedy)
+
+    def theirs(greedy, name):
+        whole = other[name.endswith("compiled")]
+        return generate(whole, ids_BT, n, greedy, static=name.startswith("static"))
+
+    found = {"ours": functools.partial(ours, compiled=False)}
+    if size in COMPILED:
+        found["ours, compiled"] = functools.partial(ours, compiled=True)
+    names = GENERATE if size in COMPILED else GENERATE[:2]
+    return found | {name: functools.partial(theirs, name=name) for name in names}
+
+
 def measure(size: str, batches: list[int], rounds: int) -> dict:
     """Return the seconds of each sampler at each batch, and of episodes and of the limits."""
-    config, T, n, _ = SIZES[size]
+    config, T, n, *_ = SIZES[size]
     model = GPT(config).eval()
-    other = there(model)
+    other = [there(model), there(model)]
+    other[1].forward = torch.compile(other[1].forward, dynamic=True)
     generator = torch.Generator().manual_seed(0)
+    matrices = [w for w in model.parameters() if w is not model.embed.weight or config.tied_head]
     found = dict(
         parameters=sum(w.numel() for w in model.parameters()), prompt=T, attempt=n, turns={},
-        episodes={}, limits=in_turns(limits(), rounds),
-        read=4 * sum(w.numel() for w in model.parameters() if w is not model.embed.weight
-                     or config.tied_head),
+        episodes={}, kernels={}, read=4 * sum(w.numel() for w in matrices),
+        limits=in_turns(limits() | {"weights": lambda: [w.sum() for w in matrices]}, rounds),
     )  # fmt: skip
     instruction = torch.randint(config.vocab_size, (INSTRUCTION,), generator=generator).tolist()
     for B in batches:
         ids = torch.randint(config.vocab_size, (B, T), generator=generator)
-        ways = {"dynamic": False, "static": True}
-        one = {"ours": lambda greedy: attempt(model, ids, n, greedy)} | {
-            name: lambda greedy, static=static: generate(other, ids, n, greedy, static)
-            for name, static in ways.items()
-        }
+        one = samplers(size, model, other, ids, n)
         agree(f"{size}, batch {B}", {name: work(True) for name, work in one.items()})
-        sampled = {name: lambda work=work: work(False) for name, work in one.items()}
-        # what is not of a step: reading the prompt, and one sampled token
-        sampled["first"] = lambda: attempt(model, ids, 1, False)
-        found["turns"][B] = in_turns(sampled, rounds)
+        works = {name: functools.partial(work, False) for name, work in one.items()}
+        first = functools.partial(samplers(size, model, other, ids, 1)["ours"], False)
+        found["turns"][B] = in_turns(works | {"first token": first}, rounds)
+        found["kernels"][B] = in_kernels(works["dynamic"])
         show(size, B, "tokens", B * n, found["turns"][B])
         if B < GROUP:
             continue
-        problems = ids[: B // GROUP]
+        model.compiled, work = False, (ids[: B // GROUP], n, instruction)
         two = {
-            "ours": lambda greedy: episodes(model, problems, n, instruction, greedy),
-            "dynamic": lambda greedy: episodes_there(other, problems, n, instruction, greedy),
+            "ours": functools.partial(episodes, model, *work),
+            "dynamic": functools.partial(episodes_there, other[0], *work),
         }
         agree(f"{size}, {B} episodes", {name: work(True) for name, work in two.items()})
-        works = {name: lambda work=work: work(False) for name, work in two.items()}
+        works = {name: functools.partial(work, False) for name, work in two.items()}
         found["episodes"][B] = in_turns(works, rounds)
         show(size, B, "episodes", B, found["episodes"][B])
     return found
@@ -168,9 +201,9 @@ def measure(size: str, batches: list[int], rounds: int) -> dict:
 def show(size: str, B: int, unit: str, n: int, seconds: dict[str, list[float]]) -> None:
     """Print one line: how many a second, and how many times as many as the others."""
     rates = {name: n / statistics.median(found) for name, found in seconds.items()}
-    words = ", ".join(
+    words = "; ".join(
         f"{name} {rate:,.0f} ({rates['ours'] / rate:.2f} x)"
-        for name, rate in rates.items() if name != "first"
+        for name, rate in rates.items() if name != "first token"
     )  # fmt: skip
     print(f"{size:>5}, batch {B:>3}: {unit} a second: {words}", flush=True)
 
@@ -179,16 +212,16 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--batches", nargs="+", type=int)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     found = dict(
         commit=runs.commit(), torch=torch.__version__, threads=torch.get_num_threads(),
-        machine=f"{platform.system()} {platform.machine()}", rounds=args.rounds,
+        machine=f"{platform.system()} {platform.machine()}", sizes={},
     )  # fmt: skip
-    found["sizes"] = {
-        size: measure(size, args.batches or SIZES[size][3], args.rounds) for size in args.sizes
-    }
+    for size in args.sizes:
+        *_, batches, rounds = SIZES[size]
+        found["sizes"][size] = measure(size, args.batches or batches, args.rounds or rounds)
     runs.write_json(found, args.out, indent=2)
     return 0
 
