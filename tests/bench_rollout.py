@@ -143,7 +143,7 @@ def agree(name: str, found: dict[str, torch.Tensor]) -> None:
             raise SystemExit(f"{name}: greedy tokens of {other} differ from ours")
 
 
-def samplers(size: str, model: GPT, other, ids_BT, n: int) -> dict[str, Callable]:
+def samplers(fused: bool, model: GPT, other, ids_BT, n: int) -> dict[str, Callable]:
     """Return what samples n tokens after each row, by name, as functions of `greedy`."""
 
     def ours(greedy, compiled):
@@ -155,14 +155,17 @@ def samplers(size: str, model: GPT, other, ids_BT, n: int) -> dict[str, Callable
         return generate(whole, ids_BT, n, greedy, static=name.startswith("static"))
 
     found = {"ours": functools.partial(ours, compiled=False)}
-    if size in COMPILED:
+    if fused:
         found["ours, compiled"] = functools.partial(ours, compiled=True)
-    names = GENERATE if size in COMPILED else GENERATE[:2]
+    names = GENERATE if fused else GENERATE[:2]
     return found | {name: functools.partial(theirs, name=name) for name in names}
 
 
-def measure(size: str, batches: list[int], rounds: int) -> dict:
-    """Return the seconds of each sampler at each batch, and of episodes and of the limits."""
+def measure(size: str, batches: list[int], rounds: int, fused: bool) -> dict:
+    """Return the seconds of each sampler at each batch, and of episodes and of the limits.
+
+    fused: what torch.compile makes of them, too.
+    """
     config, T, n, *_ = SIZES[size]
     model = GPT(config).eval()
     other = [there(model), there(model)]
@@ -177,10 +180,10 @@ def measure(size: str, batches: list[int], rounds: int) -> dict:
     instruction = torch.randint(config.vocab_size, (INSTRUCTION,), generator=generator).tolist()
     for B in batches:
         ids = torch.randint(config.vocab_size, (B, T), generator=generator)
-        one = samplers(size, model, other, ids, n)
+        one = samplers(fused, model, other, ids, n)
         agree(f"{size}, batch {B}", {name: work(True) for name, work in one.items()})
         works = {name: functools.partial(work, False) for name, work in one.items()}
-        first = functools.partial(samplers(size, model, other, ids, 1)["ours"], False)
+        first = functools.partial(samplers(False, model, other, ids, 1)["ours"], False)
         found["turns"][B] = in_turns(works | {"first token": first}, rounds)
         found["kernels"][B] = in_kernels(works["dynamic"])
         show(size, B, "tokens", B * n, found["turns"][B])
@@ -213,6 +216,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--rounds", type=int)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     found = dict(
@@ -221,7 +225,8 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     for size in args.sizes:
         *_, batches, rounds = SIZES[size]
-        found["sizes"][size] = measure(size, args.batches or batches, args.rounds or rounds)
+        fused = size in COMPILED and not args.no_compile
+        found["sizes"][size] = measure(size, args.batches or batches, args.rounds or rounds, fused)
     runs.write_json(found, args.out, indent=2)
     return 0
 

@@ -1,12 +1,15 @@
 """The model is a function of each row alone; the cache computes what the whole row would."""
 
+import copy
 import math
+import shutil
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import model as program
 from model import GPT, Cache, GPTConfig
 
 SIZES = dict(vocab_size=11, n_layer=2, n_head=6, n_kv_head=3, d_model=24, d_ff=10, max_positions=17)
@@ -202,3 +205,48 @@ def test_a_vocabularys_gradient_is_added_in_place_under_autocast(tied):
         found.append([weight.grad.clone() for weight in gpt.parameters()])
     for plain, lean in zip(*found, strict=True):
         assert (lean - plain).norm() < 0.03 * plain.norm()
+
+
+def two_turns(gpt):
+    """Return the logits of a prompt, of each token of a ragged turn, and of another chunk."""
+    cache, found = Cache(gpt, 3, 17), []
+    with torch.no_grad():
+        found.append(gpt(ids(3, 5), cache, torch.tensor([5, 3, 4])))
+        for i in range(3):
+            found.append(gpt(ids(3, 1, i), cache, torch.tensor([1, i % 2, 1])))
+        found.append(gpt(ids(3, 4, 9), cache))
+    return torch.cat(found, dim=1)
+
+
+@pytest.mark.skipif(not program.ONEDNN, reason="torch was built without oneDNN")
+def test_large_products_without_a_gradient_are_the_same_by_onednn(monkeypatch):
+    gpt = model(torch.float32, qkv_bias=True, tied_head=True)
+    usual = two_turns(gpt)
+    monkeypatch.setattr(program, "LARGE", 1)
+    with torch.profiler.profile() as profiler:
+        found = two_turns(gpt)
+        gpt(ids(3, 5)).sum().backward()
+    calls = {event.key: event.count for event in profiler.key_averages()}
+    assert calls["mkldnn::_linear_pointwise"] == 5 * (4 * 2 + 1)  # and none with a gradient
+    torch.testing.assert_close(found, usual, rtol=1e-5, atol=1e-5 * usual.abs().max().item())
+    with torch.profiler.profile() as profiler, torch.no_grad():
+        model(torch.float64)(ids(3, 5))
+        with torch.autocast("cpu", torch.bfloat16):
+            gpt(ids(3, 5))
+    assert all("mkldnn::" not in event.key for event in profiler.key_averages())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+def test_a_compiled_model_computes_the_same_and_so_does_its_copy():
+    gpt = model(torch.float32, qkv_bias=True)
+    weights, usual, tokens = list(gpt.parameters()), two_turns(gpt), ids(4, 9)
+    expected = torch.autograd.grad(gpt(tokens).logsumexp(-1).sum(), weights)
+    gpt.compiled = True
+    torch.testing.assert_close(two_turns(gpt), usual, rtol=1e-4, atol=1e-4)
+    found = torch.autograd.grad(gpt(tokens).logsumexp(-1).sum(), weights)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+    changed = copy.deepcopy(gpt)  # computes with its own weights
+    with torch.no_grad():
+        changed.norm.weight.mul_(2)
+    torch.testing.assert_close(two_turns(changed), 2 * usual, rtol=1e-4, atol=2e-4)

@@ -7,9 +7,12 @@ import subprocess
 import sys
 
 import bench_memory
+import bench_rollout
+import bench_train
 import bench_verify
 import pytest
 import seeds
+import speed
 import test_data
 from test_run import options
 from test_score import TINY
@@ -82,6 +85,16 @@ def execute(command, folder):
             status = 0 if all(holds for *_, holds in found) else 1
         if words[1] == "tests/bench_memory.py":
             words += ["--width", "16", "--tokens", "16", "--out", "memory.json"]
+        if words[1] == "tests/bench_rollout.py":
+            words += ["--sizes", "toy", "--batches", "4", "--rounds", "1", "--no-compile"]
+            words += ["--out", "rollout.json"]
+        if words[1] == "tests/bench_train.py":
+            words += ["--rounds", "1", "--batch", "8", "--rows", "4", "--no-compile"]
+            words += ["--out", "train.json"]
+        if words[1] == "tests/bench_cost.py":
+            words += ["--only", "batch", "--points", "1", "--out", "cost.json"]
+        if "--compile" in words:
+            words.remove("--compile")  # test_model.py has it
         if words[1] != "-m":
             words[1] = str(ROOT / words[1])
         words[0] = sys.executable
@@ -196,6 +209,18 @@ def test_the_memory_table_is_that_of_its_results_file_and_below_what_is_asked():
     found = json.loads(bench_memory.RESULTS.read_text())
     assert bench_memory.table(found) in SCALE
     assert found["runs"]["chunks"]["ratio"] < 1.3 and found["vocabulary"] == 151_936
+
+
+def test_the_table_of_speeds_is_that_of_its_results_files():
+    paths = bench_rollout.RESULTS, bench_train.RESULTS, seeds.RESULTS
+    rollout, train, default = (json.loads(path.read_text()) for path in paths)
+    assert speed.table(rollout, train, default) in README
+    for size, found in rollout["sizes"].items():  # all of it, and nothing left out
+        *_, batches, rounds = bench_rollout.SIZES[size]
+        assert [int(B) for B in found["turns"]] == list(batches)
+        assert {len(xs) for turns in found["turns"].values() for xs in turns.values()} == {rounds}
+    assert {len(xs) for xs in train["toy"]["seconds"].values()} == {15}
+    assert (ROOT / "tests/results/cost.png").is_file()
 
 
 def test_every_claim_holds_in_every_seed():
