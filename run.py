@@ -16,7 +16,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
+import sys
 import zipfile
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -472,6 +474,8 @@ class Run:
 
 def new_run(c: Config, folder: Path) -> Run:
     """Return a run at its first step; nothing is written."""
+    if c.compile:
+        check_compiler(c)
     weights, problems, samples = np.random.SeedSequence(c.seed).generate_state(3, np.uint64)
     if c.checkpoint:
         policy = GPT.from_pretrained(Path(c.checkpoint))
@@ -560,6 +564,15 @@ def summary_writer() -> type:
     except ImportError:
         raise ValueError("--tensorboard needs: pip install tensorboard==2.21.0") from None
     return SummaryWriter
+
+
+def check_compiler(c: Config) -> None:
+    """Raise ValueError if torch.compile is asked for and cannot work, or was never tried so."""
+    if processes()[1] > 1:
+        raise ValueError("--compile is for one process: it was not tried with several")
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if os.name == "posix" and device(c.device).type == "cpu" and not shutil.which(name):
+        raise ValueError(f"--compile needs a C++ compiler: there is no {name} (or name it by CXX)")
 
 
 # --- files: checkpoints that are whole or absent --------------------------------------------------

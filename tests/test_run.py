@@ -357,3 +357,11 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="a.pt.part cannot be written: .enforce fail"):
         runs.save({}, tmp_path / "a.pt")
+
+
+def test_a_missing_compiler_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    argv = ["--run", str(tmp_path / "run"), "--compile", *options(**TINY)]
+    assert score.main(argv) == 2
+    assert "there is no no-such-compiler" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
