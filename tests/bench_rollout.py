@@ -43,11 +43,11 @@ SIZES = {  # sizes of the model; tokens of a problem and of an attempt; batches;
     ),
     "10M": (
         GPTConfig(8192, 6, 6, 6, 384, 1024, 512, qkv_bias=True, tied_head=True),
-        32, 16, (1, 8, 64, 512), 5,
+        32, 16, (1, 8, 64, 512), 3,
     ),
     "0.5B": (
         GPTConfig(151_936, 24, 14, 2, 896, 4864, 2048, 1e6, qkv_bias=True, tied_head=True),
-        32, 16, (1, 8, 64), 5,
+        32, 16, (1, 8, 64), 3,
     ),
 }  # fmt: skip
 COMPILED = ("toy", "10M")  # sizes at which torch.compile is measured, too
