@@ -125,7 +125,7 @@ MORE = {
     "the limit is one less": ("greedy1", [
         ("rollout.py", "    for i in range(max_new):", "    for i in range(max_new - 1):")]),
     "every attempt is cut": ("truncated", [
-        ("rollout.py", "~ends_BN.any(dim=1)", "torch.ones_like(state_BD[:, 0], dtype=torch.bool)")]),
+        ("rollout.py", "~ends_BN.any(dim=1)", "ends_BN[:, 0] >= 0")]),
     "the bonus is in Stage I": ("stage1_advantage2", [
         ("score.py", "    advantage2_B = reward2_B - leave_one_out(reward2_B, G)\n    gain_B",
          "    reward2_B = 2 * reward2_B\n    advantage2_B = reward2_B - leave_one_out(reward2_B, G)"
