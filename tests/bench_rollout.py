@@ -10,9 +10,8 @@ sides. An episode is two attempts at a problem, four episodes a problem: ours re
 once for the four and goes on in the first attempt's cache; `generate` is called twice, and reads
 everything again for the second.
 
-What bounds it is measured in the same rounds: the memory's bandwidth by summing 1 GB, the cores'
-arithmetic by multiplying matrices of 2,048; and how much of its time `generate` spends in matrix
-products and attention, which any sampler on these kernels has to do.
+What bounds it: the share of its time that `generate` spends in matrix products and attention, which
+any sampler on these kernels has to do, too.
 """
 
 import argparse
@@ -122,12 +121,6 @@ def in_turns(works: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def limits() -> dict[str, Callable]:
-    """Return works that the machine's bandwidth and arithmetic bound: 1 GB, 2 * 2048 ** 3 flop."""
-    large, square = torch.ones(250_000_000), torch.ones(2048, 2048)
-    return {"stream": large.sum, "multiply": lambda: square @ square}
-
-
 def in_kernels(work: Callable) -> float:
     """Return the share of a work's time that matrix products and attention take."""
     with torch.profiler.profile() as profiler:
@@ -162,7 +155,7 @@ def samplers(fused: bool, model: GPT, other, ids_BT, n: int) -> dict[str, Callab
 
 
 def measure(size: str, batches: list[int], rounds: int, fused: bool) -> dict:
-    """Return the seconds of each sampler at each batch, and of episodes and of the limits.
+    """Return the seconds of each sampler at each batch, and of episodes.
 
     fused: what torch.compile makes of them, too.
     """
@@ -171,11 +164,9 @@ def measure(size: str, batches: list[int], rounds: int, fused: bool) -> dict:
     other = [there(model), there(model)]
     other[1].forward = torch.compile(other[1].forward, dynamic=True)
     generator = torch.Generator().manual_seed(0)
-    matrices = [w for w in model.parameters() if w is not model.embed.weight or config.tied_head]
     found = dict(
         parameters=sum(w.numel() for w in model.parameters()), prompt=T, attempt=n, turns={},
-        episodes={}, kernels={}, read=4 * sum(w.numel() for w in matrices),
-        limits=in_turns(limits() | {"weights": lambda: [w.sum() for w in matrices]}, rounds),
+        episodes={}, kernels={},
     )  # fmt: skip
     instruction = torch.randint(config.vocab_size, (INSTRUCTION,), generator=generator).tolist()
     for B in batches:
@@ -183,8 +174,7 @@ def measure(size: str, batches: list[int], rounds: int, fused: bool) -> dict:
         one = samplers(fused, model, other, ids, n)
         agree(f"{size}, batch {B}", {name: work(True) for name, work in one.items()})
         works = {name: functools.partial(work, False) for name, work in one.items()}
-        first = functools.partial(samplers(False, model, other, ids, 1)["ours"], False)
-        found["turns"][B] = in_turns(works | {"first token": first}, rounds)
+        found["turns"][B] = in_turns(works, rounds)
         found["kernels"][B] = in_kernels(works["dynamic"])
         show(size, B, "tokens", B * n, found["turns"][B])
         if B < GROUP:
@@ -205,9 +195,8 @@ def show(size: str, B: int, unit: str, n: int, seconds: dict[str, list[float]]) 
     """Print one line: how many a second, and how many times as many as the others."""
     rates = {name: n / statistics.median(found) for name, found in seconds.items()}
     words = "; ".join(
-        f"{name} {rate:,.0f} ({rates['ours'] / rate:.2f} x)"
-        for name, rate in rates.items() if name != "first token"
-    )  # fmt: skip
+        f"{name} {rate:,.0f} ({rates['ours'] / rate:.2f} x)" for name, rate in rates.items()
+    )
     print(f"{size:>5}, batch {B:>3}: {unit} a second: {words}", flush=True)
 
 

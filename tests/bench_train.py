@@ -10,8 +10,10 @@ process. Stage II with the KL from samples on both sides
 compiled; and the share of our step's time that matrix products and attention take, which TRL's
 has to take, too.
 
-Then what a model of 10M weights makes of the cores' arithmetic: a step of Stage II on 32 given rows
-of 128 tokens, its products counted, beside products of matrices of 2,048 in the same rounds.
+Then the machine's limits, each in turns with what it bounds. What a model of 10M weights makes of
+the cores' arithmetic: a step of Stage II on 32 given rows of 128 tokens, its products counted,
+beside products of matrices of 2,048. What decoding one row at Qwen2.5-0.5B's shape makes of the
+memory: the time of a token, beside summing 1 GB, and beside summing each of the weights once.
 """
 
 import argparse
@@ -27,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_rollout import SIZES, in_kernels, in_turns, limits
+from bench_rollout import SIZES, attempt, in_kernels, in_turns
 from transformers import TrainerCallback
 from truth import ROOT
 
@@ -113,7 +115,8 @@ def against_machine(rounds: int, rows: int) -> dict:
     )
     rewards = [torch.tensor([0.0, 1.0] * (rows // 2)), torch.tensor([1.0, 0.0] * (rows // 2))]
     score.collect = lambda *_, **__: (r, [], rewards, 0.0)
-    works = limits() | {"step": lambda: score.rl_step(run, PHASE)}
+    square = torch.ones(2048, 2048)
+    works = {"multiply": lambda: square @ square, "step": lambda: score.rl_step(run, PHASE)}
     # two flop a weight and token forward, four backward, two in the base; attention not counted
     matrices = sum(w.numel() for w in policy.parameters() if w.dim() == 2)
     return dict(
@@ -122,11 +125,28 @@ def against_machine(rounds: int, rows: int) -> dict:
     )  # fmt: skip
 
 
+def decoding(rounds: int, size: str) -> dict:
+    """Return the seconds of attempts in a batch of 1, and of reading memory and weights once."""
+    config, T, n, *_ = SIZES[size]
+    model, large = GPT(config).eval(), torch.ones(250_000_000)
+    ids_1T = torch.randint(config.vocab_size, (1, T), generator=torch.Generator().manual_seed(0))
+    matrices = [w.detach() for w in model.parameters()]
+    works = {
+        "long": lambda: attempt(model, ids_1T, n + 1, greedy=False),
+        "short": lambda: attempt(model, ids_1T, 1, greedy=False),
+        "gigabyte": large.sum, "weights": lambda: [w.sum() for w in matrices],
+    }  # fmt: skip
+    return dict(
+        seconds=in_turns(works, rounds), tokens=n, read=4 * sum(w.numel() for w in matrices)
+    )
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch", type=int, default=256, help="rollouts of the toy's step")
     parser.add_argument("--rows", type=int, default=32, help="of the 10M model's step")
+    parser.add_argument("--size", choices=SIZES, default="0.5B", help="of the model that decodes")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
@@ -135,6 +155,7 @@ def main(argv: list[str]) -> int:
         machine=f"{platform.system()} {platform.machine()}", rounds=args.rounds, batch=args.batch,
         toy=against_trl(args.rounds, args.batch, not args.no_compile),
         large=against_machine(-(-args.rounds // 3), args.rows),
+        decode=decoding(args.rounds, args.size),
     )  # fmt: skip
     runs.write_json(found, args.out, indent=2)
     for name, seconds in found["toy"]["seconds"].items():
@@ -143,6 +164,11 @@ def main(argv: list[str]) -> int:
     median = {name: statistics.median(x) for name, x in found["large"]["seconds"].items()}
     done, most = found["large"]["flop"] / median["step"], 2 * 2048**3 / median["multiply"]
     print(f"10M: {done / 1e9:.0f} of {most / 1e9:.0f} Gflop/s, {100 * done / most:.0f} %")
+    median = {name: statistics.median(x) for name, x in found["decode"]["seconds"].items()}
+    token = (median["long"] - median["short"]) / found["decode"]["tokens"]
+    once = found["decode"]["read"] / 1e9 * median["gigabyte"]
+    print(f"{args.size}: {1000 * token:.1f} ms a token; weights once, {1000 * once:.1f} ms at the "
+          f"bandwidth of 1 GB, {1000 * median['weights']:.1f} ms summed")  # fmt: skip
     return 0
 
 

@@ -89,8 +89,8 @@ def execute(command, folder):
             words += ["--sizes", "toy", "--batches", "4", "--rounds", "1", "--no-compile"]
             words += ["--out", "rollout.json"]
         if words[1] == "tests/bench_train.py":
-            words += ["--rounds", "1", "--batch", "8", "--rows", "4", "--no-compile"]
-            words += ["--out", "train.json"]
+            words += ["--rounds", "1", "--batch", "8", "--rows", "4", "--size", "toy"]
+            words += ["--no-compile", "--out", "train.json"]
         if words[1] == "tests/bench_cost.py":
             words += ["--only", "batch", "--points", "1", "--out", "cost.json"]
         if "--compile" in words:
