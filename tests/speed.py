@@ -124,10 +124,10 @@ def table(rollout: dict, train: dict, seeds: list[dict]) -> str:
         f"(Commit {', '.join(commits)}, `python score.py` {seeds[0]['commit']}; "
         f"{rollout['machine']}, {rollout['threads']} threads, torch {rollout['torch']}, float32.) "
         f"Matrix products and attention take {100 * kernels[0]:.0f} % of the time of `generate` "
-        f"at 512 rows of the toy: were all else free, a sampler on them would be {bound[0]:.1f} times "
-        f"as fast. "
-        f"Of our training step they take {100 * kernels[1]:.0f} %: it would be {bound[1]:.1f} times "
-        f"as fast as TRL's. Summing the 0.5B weights one by one takes "
+        f"at 512 rows of the toy: were all else free, a sampler on them would be "
+        f"{bound[0]:.1f} times as fast. Of our training step they take {100 * kernels[1]:.0f} %: "
+        f"it would be {bound[1]:.1f} times as fast as TRL's. Summing the 0.5B weights one by one "
+        f"takes "
         f"{1000 * summed:.0f} ms. An episode is two attempts, {GROUP} of each problem.",
     ])  # fmt: skip
 
