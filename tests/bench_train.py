@@ -137,8 +137,9 @@ def decoding(rounds: int, size: str) -> dict:
         "gigabyte": large.sum, "weights": lambda: [w.sum() for w in matrices],
     }  # fmt: skip
     return dict(
-        seconds=in_turns(works, rounds), tokens=n, read=4 * sum(w.numel() for w in matrices)
-    )
+        seconds=in_turns(works, rounds), tokens=n, read=4 * sum(w.numel() for w in matrices),
+        kernels=in_kernels(works["long"]),
+    )  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
