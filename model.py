@@ -95,7 +95,8 @@ class Cache:
     """Keys and values of the tokens that a model has read, preallocated, with a length per row.
 
     k, v: one [B, J, S, K] tensor a layer, of `dtype`: by default that of the computation, which is
-    autocast's where autocast is on and else the weights'. length_B: tokens held by each row, int64.
+    autocast's where autocast is on and else the weights'. (Of a narrower one, the first chunk still
+    sees what it has just computed, unrounded.) length_B: tokens held by each row, int64.
     reach: an upper bound of every length; a plain int, so that reading it waits for no device.
     """
 
@@ -170,7 +171,7 @@ def rotate(x_BTHK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 class Linear(nn.Linear):
     """x @ weight.T + bias. Of large float32 matrices on a CPU, and without a gradient, by oneDNN:
-    for a few rows torch's own choice, MKL, reads the weights at half of the memory's speed."""
+    of few rows, as in decoding, it takes half of the time of MKL, which torch would choose."""
 
     def forward(self, x):
         weight = self.weight
@@ -190,8 +191,6 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x):
-        if x.dtype == self.weight.dtype:
-            return super().forward(x)
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
@@ -282,9 +281,8 @@ class AddedInPlace(torch.autograd.Function):
 
 @functools.cache
 def compiled(f):
-    """Return f, compiled once for models and batches of any sizes."""
-    torch._dynamo.config.recompile_limit = 64  # with and without gradient, cache, one row, ..
-    return torch.compile(f, dynamic=True)
+    """Return f, compiled for each kind of call (with and without gradient, cache, one row, ..)."""
+    return torch.compile(f, dynamic=True, recompile_limit=64)
 
 
 class GPT(nn.Module):
@@ -298,7 +296,7 @@ class GPT(nn.Module):
     lean: an attribute, False at first. True adds to the gradient of a large vocabulary's matrix in
     place, for callers of `logits` in chunks: the same gradient without copies of its size.
     compiled: an attribute, False at first. True lets torch.compile fuse what is between the matrix
-    products: the same but for rounding, after some ten seconds for each new kind of call.
+    products, at the first call of each kind: the same but for rounding.
     """
 
     def __init__(self, config: GPTConfig, seed: int = 0):

@@ -192,7 +192,7 @@ def whole(model: GPT) -> GPT:
     gathered.load_state_dict(weights, assign=True)
     if model.config.tied_head:
         gathered.head.weight = gathered.embed.weight
-    for name in ("cos", "sin", "recompute", "compiled"):
+    for name in ("cos", "sin", "recompute"):
         setattr(gathered, name, getattr(model, name))
     return gathered
 

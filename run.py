@@ -143,7 +143,7 @@ class Config:
     sample_batch: int = knob(0, "rows sampled at a time, whole groups; 0: all", 0, 2**20)
     chunk: int = knob(0, "positions whose laws are in memory at a time; 0: all", 0, 2**20)
     recompute: bool = knob(False, "compute blocks again in the backward pass")
-    compile: bool = knob(False, "let torch.compile fuse; minutes at first, faster from then on")
+    compile: bool = knob(False, "fuse by torch.compile: for long runs of small models")
     # reports
     tensorboard: bool = knob(False, "write what is logged for TensorBoard, too")
     eval_n: int = knob(2000, "held-out problems in the final table", 1, 10**6)
@@ -508,11 +508,12 @@ def computing(c: Config) -> torch.autocast:
 def frozen(policy: GPT, c: Config) -> GPT:
     """Return a copy that is not trained, its blocks' matrices in the precision that is computed in.
 
-    Autocast rounds these when they are used, and nothing else: so the copy computes what the policy
-    does, to the bit.
+    Autocast rounds these when they are used, and nothing else: so in bfloat16 the copy computes
+    what the policy does, to the bit; in float32 to rounding, as `model.Linear` may differ.
     """
     gathered = whole(policy)
     fixed = copy.deepcopy(policy) if gathered is policy else gathered
+    fixed.compiled = c.compile
     for block in fixed.requires_grad_(False).blocks:
         for weight in block.parameters():
             if weight.dim() == 2 and c.dtype == "bfloat16":
@@ -567,9 +568,9 @@ def summary_writer() -> type:
 
 
 def check_compiler(c: Config) -> None:
-    """Raise ValueError if torch.compile is asked for and cannot work, or was never tried so."""
+    """Raise ValueError if torch.compile cannot work here, or was never tried so."""
     if processes()[1] > 1:
-        raise ValueError("--compile is for one process: it was not tried with several")
+        raise ValueError(f"--compile is for one process: it was not tried with several, got {processes()[1]}")
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if os.name == "posix" and device(c.device).type == "cpu" and not shutil.which(name):
         raise ValueError(f"--compile needs a C++ compiler: there is no {name} (or name it by CXX)")

@@ -218,6 +218,10 @@ def two_turns(gpt):
     return torch.cat(found, dim=1)
 
 
+def calls(profiler):
+    return {event.key: event.count for event in profiler.key_averages()}
+
+
 @pytest.mark.skipif(not program.ONEDNN, reason="torch was built without oneDNN")
 def test_large_products_without_a_gradient_are_the_same_by_onednn(monkeypatch):
     gpt = model(torch.float32, qkv_bias=True, tied_head=True)
@@ -226,22 +230,34 @@ def test_large_products_without_a_gradient_are_the_same_by_onednn(monkeypatch):
     with torch.profiler.profile() as profiler:
         found = two_turns(gpt)
         gpt(ids(3, 5)).sum().backward()
-    calls = {event.key: event.count for event in profiler.key_averages()}
-    assert calls["mkldnn::_linear_pointwise"] == 5 * (4 * 2 + 1)  # and none with a gradient
+    assert calls(profiler)["mkldnn::_linear_pointwise"] == 5 * (4 * 2 + 1)  # and no gradient's
     torch.testing.assert_close(found, usual, rtol=1e-5, atol=1e-5 * usual.abs().max().item())
     with torch.profiler.profile() as profiler, torch.no_grad():
         model(torch.float64)(ids(3, 5))
         with torch.autocast("cpu", torch.bfloat16):
             gpt(ids(3, 5))
-    assert all("mkldnn::" not in event.key for event in profiler.key_averages())
+    assert all("mkldnn::" not in key for key in calls(profiler))
+
+
+@pytest.mark.skipif(not program.ONEDNN, reason="torch was built without oneDNN")
+def test_only_large_matrices_are_onednns():
+    """Of 2**17 elements or more: here of the head alone, whose matrix has one more row or not."""
+    for rows, n in ((2**13, 1), (2**13 - 1, 0)):
+        gpt = GPT(GPTConfig(rows, d_model=16, d_ff=16, n_head=2, n_kv_head=2))
+        with torch.profiler.profile() as profiler, torch.no_grad():
+            gpt(ids(1, 3))
+        assert calls(profiler).get("mkldnn::_linear_pointwise", 0) == n
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
 def test_a_compiled_model_computes_the_same_and_so_does_its_copy():
     gpt = model(torch.float32, qkv_bias=True)
     weights, usual, tokens = list(gpt.parameters()), two_turns(gpt), ids(4, 9)
     expected = torch.autograd.grad(gpt(tokens).logsumexp(-1).sum(), weights)
     gpt.compiled = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     torch.testing.assert_close(two_turns(gpt), usual, rtol=1e-4, atol=1e-4)
     found = torch.autograd.grad(gpt(tokens).logsumexp(-1).sum(), weights)
     for a, b in zip(found, expected, strict=True):
@@ -250,3 +266,5 @@ def test_a_compiled_model_computes_the_same_and_so_does_its_copy():
     with torch.no_grad():
         changed.norm.weight.mul_(2)
     torch.testing.assert_close(two_turns(changed), 2 * usual, rtol=1e-4, atol=2e-4)
+    counted = torch._dynamo.utils.counters
+    assert counted["stats"]["unique_graphs"] >= 4 and not counted["graph_break"]

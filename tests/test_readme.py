@@ -94,7 +94,7 @@ def execute(command, folder):
         if words[1] == "tests/bench_cost.py":
             words += ["--only", "batch", "--points", "1", "--out", "cost.json"]
         if "--compile" in words:
-            words.remove("--compile")  # test_model.py has it
+            words.remove("--compile")  # which takes minutes; in test_model.py and test_run.py
         if words[1] != "-m":
             words[1] = str(ROOT / words[1])
         words[0] = sys.executable

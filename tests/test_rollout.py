@@ -186,6 +186,21 @@ def test_greedy_takes_the_likeliest_token_of_the_uncached_model():
     assert (r.logp_BS == 0).all()
 
 
+def test_a_turns_log_probabilities_are_0_beyond_its_end():
+    """Whether finished rows are left out or go on unseen."""
+    gpt, prompts = short(model()), rollout.pad(ragged(99), "cpu")
+    for compact in (False, True):
+        cache = Cache(gpt, 99, 9)
+        turn = rollout.sample_turn(
+            gpt, cache, rollout.read(gpt, cache, *prompts), max_new=4, end_id=END,
+            generator=torch.Generator().manual_seed(0), compact=compact,
+        )  # fmt: skip
+        lengths = set(turn.n_B.tolist())
+        assert lengths == {1, 2, 3, 4}
+        for row, n in zip(turn.logp_BN.tolist(), turn.n_B.tolist(), strict=True):
+            assert all(x < 0 for x in row[:n]) and not any(row[n:])
+
+
 def test_the_generator_is_the_only_randomness():
     gpt, prompts = short(model()), ragged(9)
     torch.manual_seed(1)

@@ -50,7 +50,7 @@ def load_program(*edits: tuple[str, str, str]) -> types.SimpleNamespace:
         return types.SimpleNamespace(**{name: sys.modules[name] for name in names})
     finally:
         for name in names:
-            del sys.modules[name]
+            sys.modules.pop(name, None)
             if before[name] is not None:
                 sys.modules[name] = before[name]
 
