@@ -345,12 +345,16 @@ class GPT(nn.Module):
 
     def hidden(self, ids_BT, cache=None, n_new_B=None):
         """Return the final normalised states [B, T, D]; `logits` is for those that one needs."""
+        # a sparse gradient, of the rows that were read, goes where `logits` has left a dense one
+        sparse = self.lean and self.config.tied_head
+        # not compiled: of a token read twice, fused threads would add gradients in any order
+        x_BTD = F.embedding(ids_BT, self.embed.weight, sparse=sparse)
         through = compiled(GPT.through) if self.compiled else GPT.through
-        return through(self, ids_BT, cache, n_new_B)
+        return through(self, x_BTD, cache, n_new_B)
 
-    def through(self, ids_BT, cache, n_new_B):
-        """Return what `hidden` returns."""
-        (B, T), device = ids_BT.shape, ids_BT.device
+    def through(self, x_BTD, cache, n_new_B):
+        """Return the final normalised states of embedded tokens."""
+        (B, T, _), device = x_BTD.shape, x_BTD.device
         reach = 0 if cache is None else cache.reach
         slots = self.config.max_positions if cache is None else cache.k[0].shape[2]
         if reach + T > slots:
@@ -372,9 +376,6 @@ class GPT(nn.Module):
         if cache is not None:
             kept = [(k, v, place, bias_B1TS) for k, v in zip(cache.k, cache.v, strict=True)]
             cache.reach += T
-        # a sparse gradient, of the rows that were read, goes where `logits` has left a dense one
-        sparse = self.lean and self.config.tied_head
-        x_BTD = F.embedding(ids_BT, self.embed.weight, sparse=sparse)
         again = self.recompute and cache is None and torch.is_grad_enabled()
         for block, layer in zip(self.blocks, kept, strict=True):
             if again:

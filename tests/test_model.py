@@ -249,8 +249,13 @@ def test_only_large_matrices_are_onednns():
         assert calls(profiler).get("mkldnn::_linear_pointwise", 0) == n
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own imports
+def compiling(test):
+    """Mark a test that needs a compiler, which warns of itself."""
+    test = pytest.mark.filterwarnings("ignore")(test)
+    return pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")(test)
+
+
+@compiling
 def test_a_compiled_model_computes_the_same_and_so_does_its_copy():
     gpt = model(torch.float32, qkv_bias=True)
     weights, usual, tokens = list(gpt.parameters()), two_turns(gpt), ids(4, 9)
@@ -268,3 +273,19 @@ def test_a_compiled_model_computes_the_same_and_so_does_its_copy():
     torch.testing.assert_close(two_turns(changed), 2 * usual, rtol=1e-4, atol=2e-4)
     counted = torch._dynamo.utils.counters
     assert counted["stats"]["unique_graphs"] >= 4 and not counted["graph_break"]
+
+
+@compiling
+def test_a_compiled_gradient_is_the_same_to_the_bit_on_two_threads():
+    gpt, tokens, found = model(torch.float32), ids(256, 17), []
+    gpt.compiled = True
+    torch._dynamo.reset()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(10):
+            loss = gpt(tokens).log_softmax(-1)[..., 3].square().sum()
+            found.append(torch.autograd.grad(loss, list(gpt.parameters())))
+    finally:
+        torch.set_num_threads(1)
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
