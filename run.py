@@ -570,7 +570,9 @@ def summary_writer() -> type:
 def check_compiler(c: Config) -> None:
     """Raise ValueError if torch.compile cannot work here, or was never tried so."""
     if processes()[1] > 1:
-        raise ValueError(f"--compile is for one process: it was not tried with several, got {processes()[1]}")
+        raise ValueError(
+            f"--compile is for one process: it was not tried with several, got {processes()[1]}"
+        )
     name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if os.name == "posix" and device(c.device).type == "cpu" and not shutil.which(name):
         raise ValueError(f"--compile needs a C++ compiler: there is no {name} (or name it by CXX)")

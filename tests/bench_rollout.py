@@ -6,12 +6,14 @@ The same weights and the same work, in one process, in turns: each round measure
 once, and what is told is the median of the rounds with the least and the most. Greedy tokens must
 be identical before anything is timed. Attempts have a fixed length, so that all samplers take as
 many steps; tokens are drawn at temperature 1. "Compiled" is torch.compile of the model, on both
-sides. An episode is two attempts at a problem, four episodes a problem: ours reads a problem
-once for the four and goes on in the first attempt's cache; `generate` is called twice, and reads
-everything again for the second.
+sides: of `generate` with a dynamic cache for any shape, with a static one for each shape.
 
-What bounds it: the share of its time that `generate` spends in matrix products and attention, which
-any sampler on these kernels has to do, too.
+An episode is two attempts at a problem, four episodes a problem: ours reads a problem once for the
+four and goes on in the first attempt's cache; `generate` is called twice, and reads everything
+again for the second ("dynamic"), or goes on in its cache, too ("kept"). Not compiled.
+
+What bounds it: how much of its time `generate` spends in matrix products and attention, which a
+sampler that calls the same kernels has to spend, too.
 """
 
 import argparse
@@ -67,11 +69,13 @@ def there(model: GPT):
         return AutoModelForCausalLM.from_pretrained(Path(place) / "model", dtype=torch.float32)
 
 
-def generate(other, ids_BT, n: int, greedy: bool, static: bool) -> torch.Tensor:
-    """Return n tokens after each row [B, n], by transformers."""
+def generate(other, ids_BT, n: int, greedy: bool, static=False, kept=None) -> torch.Tensor:
+    """Return n tokens after each row [B, n], by transformers; kept: a cache to go on in."""
     law = dict(do_sample=False) if greedy else dict(do_sample=True, temperature=1.0, top_k=0)
     if static:
         law |= dict(cache_implementation="static")
+    if kept is not None:
+        law |= dict(past_key_values=kept)
     found = other.generate(
         ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=n, eos_token_id=None,
         pad_token_id=0, **law,
@@ -100,12 +104,15 @@ def episodes(model: GPT, ids_PT, n: int, instruction: list[int], greedy: bool) -
     return torch.cat([torch.tensor(rollout.written(r, turn)) for turn in (1, 2)], dim=1)
 
 
-def episodes_there(other, ids_PT, n: int, instruction: list[int], greedy: bool) -> torch.Tensor:
+def episodes_there(other, ids_PT, n, instruction, keep: bool, greedy: bool) -> torch.Tensor:
     """Return two attempts at each of P problems [P * GROUP, 2 n], by `generate` called twice."""
+    from transformers import DynamicCache
+
     ids_BT = ids_PT.repeat_interleave(GROUP, dim=0)
     order_BC = torch.tensor(instruction).expand(len(ids_BT), -1)
-    first = generate(other, ids_BT, n, greedy, static=False)
-    second = generate(other, torch.cat([ids_BT, first, order_BC], 1), n, greedy, static=False)
+    kept = DynamicCache(config=other.config) if keep else None
+    first = generate(other, ids_BT, n, greedy, kept=kept)
+    second = generate(other, torch.cat([ids_BT, first, order_BC], 1), n, greedy, kept=kept)
     return torch.cat([first, second], dim=1)
 
 
@@ -122,11 +129,18 @@ def in_turns(works: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
 
 
 def in_kernels(work: Callable) -> float:
-    """Return the share of a work's time that matrix products and attention take."""
-    with torch.profiler.profile() as profiler:
+    """Return the share of a work's time that matrix products and attention take: their seconds, as
+    the profiler counts them, of the seconds without a profiler, the median of three pairs."""
+    shares = []
+    for _ in range(3):
+        start = time.perf_counter()
         work()
-    own = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
-    return sum(own.get(name, 0.0) for name in KERNELS) / sum(own.values())
+        seconds = time.perf_counter() - start
+        with torch.profiler.profile() as profiler:
+            work()
+        own = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+        shares.append(sum(own.get(name, 0.0) for name in KERNELS) / 1e6 / seconds)
+    return statistics.median(shares)
 
 
 def agree(name: str, found: dict[str, torch.Tensor]) -> None:
@@ -136,7 +150,7 @@ def agree(name: str, found: dict[str, torch.Tensor]) -> None:
             raise SystemExit(f"{name}: greedy tokens of {other} differ from ours")
 
 
-def samplers(fused: bool, model: GPT, other, ids_BT, n: int) -> dict[str, Callable]:
+def samplers(fused: bool, model: GPT, other: dict, ids_BT, n: int) -> dict[str, Callable]:
     """Return what samples n tokens after each row, by name, as functions of `greedy`."""
 
     def ours(greedy, compiled):
@@ -144,14 +158,12 @@ def samplers(fused: bool, model: GPT, other, ids_BT, n: int) -> dict[str, Callab
         return attempt(model, ids_BT, n, greedy)
 
     def theirs(greedy, name):
-        whole = other[name.endswith("compiled")]
-        return generate(whole, ids_BT, n, greedy, static=name.startswith("static"))
+        return generate(other[name], ids_BT, n, greedy, static=name.startswith("static"))
 
     found = {"ours": functools.partial(ours, compiled=False)}
     if fused:
         found["ours, compiled"] = functools.partial(ours, compiled=True)
-    names = GENERATE if fused else GENERATE[:2]
-    return found | {name: functools.partial(theirs, name=name) for name in names}
+    return found | {name: functools.partial(theirs, name=name) for name in other}
 
 
 def measure(size: str, batches: list[int], rounds: int, fused: bool) -> dict:
@@ -161,8 +173,10 @@ def measure(size: str, batches: list[int], rounds: int, fused: bool) -> dict:
     """
     config, T, n, *_ = SIZES[size]
     model = GPT(config).eval()
-    other = [there(model), there(model)]
-    other[1].forward = torch.compile(other[1].forward, dynamic=True)
+    other = {name: there(model) for name in (GENERATE if fused else GENERATE[:2])}
+    for name in GENERATE[2:] if fused else ():
+        forward, shapes = other[name].forward, name.startswith("dynamic")
+        other[name].forward = torch.compile(forward, dynamic=shapes, recompile_limit=64)
     generator = torch.Generator().manual_seed(0)
     found = dict(
         parameters=sum(w.numel() for w in model.parameters()), prompt=T, attempt=n, turns={},
@@ -182,10 +196,11 @@ def measure(size: str, batches: list[int], rounds: int, fused: bool) -> dict:
         model.compiled, work = False, (ids[: B // GROUP], n, instruction)
         two = {
             "ours": functools.partial(episodes, model, *work),
-            "dynamic": functools.partial(episodes_there, other[0], *work),
+            "dynamic": functools.partial(episodes_there, other["dynamic"], *work, False),
+            "kept": functools.partial(episodes_there, other["dynamic"], *work, True),
         }
         agree(f"{size}, {B} episodes", {name: work(True) for name, work in two.items()})
-        works = {name: functools.partial(work, False) for name, work in two.items()}
+        works = {name: functools.partial(work, greedy=False) for name, work in two.items()}
         found["episodes"][B] = in_turns(works, rounds)
         show(size, B, "episodes", B, found["episodes"][B])
     return found

@@ -5,10 +5,9 @@
 The toy's whole step (256 rollouts of two attempts, four of each problem; graded, scored by policy
 and base, one update) in turns with the same step in TRL, `tests/port_trl.py`: the same weights at
 first, those of a base that has learned how long an answer is; problems of the same kind; one
-process. Stage II with the KL from samples on both sides
-("k1"; TRL's own has no other), and besides ours with the exact KL, as it is by default, and
-compiled; and the share of our step's time that matrix products and attention take, which TRL's
-has to take, too.
+process. Stage II with the KL from samples on both sides ("k1"; TRL's own has no other), and besides
+ours with the exact KL, as it is by default, and compiled (TRL's own option is not tried); and the
+share of our step's time that matrix products and attention take.
 
 Then the machine's limits, each in turns with what it bounds. What a model of 10M weights makes of
 the cores' arithmetic: a step of Stage II on 32 given rows of 128 tokens, its products counted,
@@ -64,12 +63,12 @@ class Ours(TrainerCallback):
 def make_run(policy: GPT, c: runs.Config) -> runs.Run:
     """Return a run in Stage II whose base is the policy's copy; nothing is written."""
     base = runs.frozen(policy, c)
-    policy.compiled = base.compiled = c.compile
+    policy.compiled = c.compile
     generator, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
-    return runs.Run(
-        c, Path(), policy, base, None, runs.new_optimizer(policy), None, rng, generator,
-        runs.Progress(),
-    )  # fmt: skip
+    optimizer = runs.new_optimizer(policy)
+    for part in optimizer.param_groups:
+        part["lr"] = c.lr
+    return runs.Run(c, Path(), policy, base, None, optimizer, None, rng, generator, runs.Progress())
 
 
 def against_trl(rounds: int, batch: int, fused: bool) -> dict:

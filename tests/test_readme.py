@@ -214,7 +214,7 @@ def test_the_memory_table_is_that_of_its_results_file_and_below_what_is_asked():
 def test_the_table_of_speeds_is_that_of_its_results_files():
     paths = bench_rollout.RESULTS, bench_train.RESULTS, seeds.RESULTS
     rollout, train, default = (json.loads(path.read_text()) for path in paths)
-    assert speed.table(rollout, train, default) in README
+    assert speed.tables(rollout, train, default) in README
     for size, found in rollout["sizes"].items():  # all of it, and nothing left out
         *_, batches, rounds = bench_rollout.SIZES[size]
         assert [int(B) for B in found["turns"]] == list(batches)
