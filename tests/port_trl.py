@@ -78,15 +78,18 @@ class ScoreTrainer(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         if self.kl == "native":
             return super()._compute_loss(model, inputs)
-        ids_BC = inputs["completion_ids"]
-        ids_BT = torch.cat([inputs["prompt_ids"], ids_BC], dim=1)
-        mask_BT = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        n = ids_BC.shape[1]
-        logp_BC, *_ = self._get_per_token_logps_and_entropies(model, ids_BT, mask_BT, n)
+        logp_BC = self.log_probabilities(model, inputs)
         terms = logp_BC, inputs["ref_per_token_logps"], inputs["turn"]
         advantage_BC = fold(inputs["advantages"], inputs["kl_weight"], *terms)
         loss_B = -(logp_BC * advantage_BC).sum(dim=1)
         return loss_B.mean() / self.current_gradient_accumulation_steps
+
+    def log_probabilities(self, model, inputs):
+        ids_BC = inputs["completion_ids"]
+        ids_BT = torch.cat([inputs["prompt_ids"], ids_BC], dim=1)
+        mask_BT = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        n = ids_BC.shape[1]
+        return self._get_per_token_logps_and_entropies(model, ids_BT, mask_BT, n)[0]
 
 
 # --- the toy --------------------------------------------------------------------------------------
