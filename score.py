@@ -782,9 +782,10 @@ def main(argv: list[str]) -> int:
     stop = threading.Event()
 
     def interrupt(number, _):
-        stop.set()  # finish the step, save, leave; a second Ctrl-C leaves at once
+        stop.set()
         if processes()[1] == 1:  # torchrun sends every process a second signal itself
             signal.signal(number, signal.SIG_DFL)
+            os.write(2, b"\nstopping after this step; the next Ctrl-C leaves at once\n")
 
     with together() as process:
         try:
@@ -794,6 +795,8 @@ def main(argv: list[str]) -> int:
                 signal.signal(number, interrupt)
             parameters = sum(weight.numel() for weight in run.policy.parameters())
             print(f"{folder}: {parameters:,} parameters, {run.config.device}", flush=True)
+            if run.config.compile:
+                print("torch.compile makes the first steps of a phase take up to a minute")
             if not train(run, stop):
                 print(f"stopped and saved; continue with: python score.py --resume {folder}")
                 return 130

@@ -1,6 +1,6 @@
 """How do time and memory of a step grow with batch, length, width and group?
 
-    python tests/bench_cost.py              # some minutes; then tests/results/cost.svg
+    python tests/bench_cost.py              # some minutes; then tests/results/cost.png
 
 A step is SCoRe's Stage II on a toy-sized model with random weights: two attempts of a fixed length
 are sampled, scored by policy and base, and one update is taken. One quantity is varied at a time.
@@ -112,7 +112,7 @@ def draw(found: dict, path: Path) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=POINTS, default=list(POINTS))
     parser.add_argument("--points", type=int, help="so many of each, the smallest")
     parser.add_argument("--out", type=Path, default=RESULTS)

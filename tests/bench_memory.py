@@ -94,7 +94,7 @@ def measure(width: int, tokens: int, chunk: int, recompute: bool) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--width", type=int, default=896)
     parser.add_argument("--tokens", type=int, default=256, help="of a row")
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -18,6 +18,7 @@ sampler that calls the same kernels has to spend, too.
 
 import argparse
 import functools
+import os
 import platform
 import statistics
 import sys
@@ -63,7 +64,9 @@ KERNELS = (
 def there(model: GPT):
     """Return transformers' model of the same weights."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     with tempfile.TemporaryDirectory() as place:
         model.save_pretrained(Path(place) / "model")
         return AutoModelForCausalLM.from_pretrained(Path(place) / "model", dtype=torch.float32)
@@ -131,6 +134,7 @@ def in_turns(works: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
 def in_kernels(work: Callable) -> float:
     """Return the share of a work's time that matrix products and attention take: their seconds, as
     the profiler counts them, of the seconds without a profiler, the median of three pairs."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines
     shares = []
     for _ in range(3):
         start = time.perf_counter()
@@ -207,22 +211,27 @@ def measure(size: str, batches: list[int], rounds: int, fused: bool) -> dict:
 
 
 def show(size: str, B: int, unit: str, n: int, seconds: dict[str, list[float]]) -> None:
-    """Print one line: how many a second, and how many times as many as the others."""
-    rates = {name: n / statistics.median(found) for name, found in seconds.items()}
-    words = "; ".join(
-        f"{name} {rate:,.0f} ({rates['ours'] / rate:.2f} x)" for name, rate in rates.items()
-    )
-    print(f"{size:>5}, batch {B:>3}: {unit} a second: {words}", flush=True)
+    """Print how many a second, and how many times as fast ours is."""
+    print(f"{size}, batch {B}, {unit} a second:")
+    usual = statistics.median(seconds["ours"])
+    for name, found in seconds.items():
+        middle, low, high = (f(found) for f in (statistics.median, max, min))
+        told = f"{n / middle:>10,.1f} ({n / low:,.1f} to {n / high:,.1f})"
+        print(f"  {name:<18} {told:<34} ours is {middle / usual:.2f} times as fast", flush=True)
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
-    parser.add_argument("--batches", nargs="+", type=int)
-    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--batches", nargs="+", type=int, help=f"rows; from {GROUP}, multiples")
+    parser.add_argument("--rounds", type=int, help="how often each is timed")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    whole = RESULTS if not argv else Path(RESULTS.name)
+    parser.add_argument("--out", type=Path, default=whole, help="default of a part: rollout.json")
     args = parser.parse_args(argv)
+    if any(B < 1 or B > GROUP and B % GROUP for B in args.batches or ()):
+        parser.error(f"--batches must be at least 1 and, above {GROUP}, multiples of it, "
+                     f"got {args.batches}")  # fmt: skip
     found = dict(
         commit=runs.commit(), torch=torch.__version__, threads=torch.get_num_threads(),
         machine=f"{platform.system()} {platform.machine()}", sizes={},

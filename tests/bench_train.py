@@ -142,14 +142,18 @@ def decoding(rounds: int, size: str) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=15)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=15, help="how often each is timed")
     parser.add_argument("--batch", type=int, default=256, help="rollouts of the toy's step")
     parser.add_argument("--rows", type=int, default=32, help="of the 10M model's step")
     parser.add_argument("--size", choices=SIZES, default="0.5B", help="of the model that decodes")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    whole = RESULTS if not argv else Path(RESULTS.name)
+    parser.add_argument("--out", type=Path, default=whole, help="default of a part: train.json")
     args = parser.parse_args(argv)
+    for option, rows in (("--batch", args.batch), ("--rows", args.rows)):
+        if rows < 4 or rows % 4:
+            parser.error(f"{option} must be a multiple of 4, got {rows}")
     found = dict(
         commit=runs.commit(), torch=torch.__version__, threads=torch.get_num_threads(),
         machine=f"{platform.system()} {platform.machine()}", rounds=args.rounds, batch=args.batch,

@@ -1,14 +1,16 @@
 """Does a port of SCoRe compute what this implementation computes? If not, where does it part first?
 
-Standard library only. The golden vectors in tests/golden/ are the contract: inputs and outputs of
-each case, in full. A port reads the inputs, computes as many of the outputs as it has (a loss alone
-takes `logits` and `ref_logits` from the outputs), and writes them under the same names.
+Standard library only. The golden vectors in tests/golden/ are the contract: each file is an object
+{about, cases: {case: {inputs, outputs}}}, in full; `about` says what all is. A port reads the
+inputs, computes as many of the outputs as it has (a loss alone takes `logits` and `ref_logits` from
+the outputs, where they are no inputs), and writes them as {case: {quantity: values}}.
 
     python tests/check_port.py results.json
     python tests/check_port.py results.json --dtype float32
 
-What it prints first is what to look at first: the quantities are in the order in which each depends
-on those before it. Status 0: all that is there agrees. 1: something differs. 2: cannot be compared.
+What it prints last is what to look at first: of the quantities that differ the first, in an order
+in which each depends on those before it. Status 0: all that is there agrees. 1: something differs.
+2: cannot be compared.
 """
 
 import argparse
@@ -55,7 +57,7 @@ ROWS = (
      "the end-of-turn token left out; the mask not shifted with the targets; the instruction in "
      "it; padding told by a token's id"),
     ("token_turn", "exact", "[B, S] as turn, but 0 where another model wrote attempt 1",
-     "attempts that the base wrote are context, not actions of the policy"),
+     "attempts that the base wrote (offline1) are taken for actions of the policy"),
     # what the models say of them
     ("logits", "logits", "[B, S, V] of the policy for token s + 1, 0 beyond the row",
      "weights laid out otherwise (weights.json, about); rotary pairs (k, k + K/2); cos and sin are "
@@ -63,34 +65,36 @@ ROWS = (
     ("ref_logits", "logits", "[B, S, V] of the base", "the base is the policy, or was trained"),
     ("logp", "logp", "[B, S] log-probability of token s + 1, 0 where turn is 0",
      "logits not divided by the temperature; targets shifted by one; log-softmax in bfloat16"),
-    ("ref_logp", "logp", "[B, S] the same by the base",
+    ("ref_logp", "logp", "[B, S] as logp, by the base",
      "the temperature is the policy's alone; the reference is the policy itself"),
     ("greedy1", "decoded", "each problem's first attempt at temperature 0, a list of ids each",
      "a key-value cache whose positions are off; padding that is seen"),
-    ("greedy2", "decoded", "the second",
+    ("greedy2", "decoded", "each problem's second attempt at temperature 0",
      "the first attempt's last token not read before the instruction; an end of turn put in"),
     ("sampled1", "decoded", "each row's first attempt, token = argmax p / noise[step][row]",
      "the temperature; the noise of rows that are done drawn or not; base's rows (noise1_base)"),
-    ("sampled2", "decoded", "the second", "as greedy2"),
+    ("sampled2", "decoded", "each row's second attempt, likewise by noise2",
+     "the first attempt's last token not read before the instruction; an end of turn put in"),
     ("sampled_logp", "drawn", "[B, S] as logp, but by who drew the token, when it was drawn",
-     "as greedy1 and greedy2; base's rows have the base's"),
+     "a key-value cache whose positions are off; base's rows have the base's"),
     ("truncated", "decoded", "[B, 2] no end of turn within max_new tokens",
      "max_new counts the end of turn; told by the length alone"),
     # what they earn
     ("stage2_return1", "reward", "[B] what attempt 1 earns",
-     "r1 alone: no bonus, no share of attempt 2's return"),
+     "a bonus, or a share of attempt 2's return, is paid to attempt 1; it earns r1 alone"),
     ("STAGE_return2", "reward", "[B] what attempt 2 earns: r2, in Stage II r2 + alpha (r2 - r1)",
-     "the bonus's sign, or no bonus, or a bonus in Stage I"),
+     "the bonus's sign, or none in Stage II, or one in Stage I"),
     ("stage2_baseline1", "reward", "[B] mean return 1 of the other G - 1 rows of the problem",
      "the row's own reward in its baseline; rows of a problem not side by side"),
-    ("STAGE_baseline2", "reward", "[B] the same of return 2",
+    ("STAGE_baseline2", "reward", "[B] mean return 2 of the other G - 1 rows of the problem",
      "the row's own reward in its baseline; rows of a problem not side by side"),
     ("STAGE_advantage1", "reward", "[B] return 1 less its baseline; 0 in Stage I",
      "attempt 2's reward or bonus reaches attempt 1; turns swapped; divided by a deviation"),
     ("STAGE_advantage2", "reward", "[B] return 2 less its baseline",
      "turns swapped; divided by the group's standard deviation, which would erase alpha"),
     ("STAGE_token_advantage", "reward", "[B, S] the advantage of each token by its token_turn",
-     "divided by the attempt's length; attempt 2's given to attempt 1's tokens; offline attempts"),
+     "divided by the attempt's length; attempt 2's given to attempt 1's tokens; attempts that the "
+     "base wrote (offline1) given any"),
     # what holds them to the base
     ("after", "reward", "[B, S] the sum of what comes later in the row", "inclusive instead"),
     ("kl_token_exact", "kl", "[B, S] KL(policy || base) over the vocabulary, 0 where turn is 0",
@@ -99,9 +103,10 @@ ROWS = (
      "the order of its arguments; k2 or k3 instead"),
     ("kl1_FORM", "kl", "[B] the sum of kl_token_FORM over attempt 1, 0 if another model wrote it",
      "the wrong attempt's tokens, or both attempts'; k3 instead of k1; divided by the length"),
-    ("kl2_FORM", "kl", "[B] the same of attempt 2", "as kl1"),
+    ("kl2_FORM", "kl", "[B] the sum of kl_token_FORM over attempt 2",
+     "the wrong attempt's tokens, or both attempts'; k3 instead of k1; divided by the length"),
     ("STAGE_token_kl_weight", "reward", "[B, S] by token_turn: beta1; in Stage I, 1: beta1 + beta2",
-     "beta1 is on both attempts in Stage I, too; a KL that is detached has no weight"),
+     "beta1 left out where beta2 is; attempts that the base wrote (offline1) given any"),
     # what is learned from it
     ("STAGE_FORM_loss", "loss", "[B] each row's, in value its weighted KLs alone",
      "advantage times log-probability is in the value, where it is in the gradient alone"),
@@ -110,7 +115,7 @@ ROWS = (
      "differentiated; 1 / temperature; sum, or mean over tokens, instead of mean over rows"),
     ("STAGE_FORM_grad_norm", "weights", "the norm of its gradient by all weights",
      "the gradient by the logits agrees: the model's backward pass; or it was clipped"),
-    ("STAGE_FORM_grad_norms", "weights", "{weight: norm}", "as the norm of all"),
+    ("STAGE_FORM_grad_norms", "weights", "{weight: norm}", "one weight's backward pass"),
     ("STAGE_FORM_grad_entries", "weights", "{weight: [its first entry, its last]}",
      "transposed, or heads in another order"),
     # whether it helped
@@ -268,31 +273,46 @@ def explain(found: dict, key: tuple[str, str], tolerance: dict, dtype: str) -> s
     """Return where and by how much the first quantity differs, and the usual cause."""
     q, verdict = ORDER[PLACE[key[0]]], found[key]
     absent = [quantity for (quantity, case), v in found.items() if v is None and case == key[1]]
-    before = [name for name in absent if PLACE[name] < PLACE[q.name]]
+    before = [ORDER[PLACE[name]] for name in absent if PLACE[name] < PLACE[q.name]]
+    if q.kind == "reward":  # what is paid and weighed depends on no model
+        before = [x for x in before if x.kind in ("exact", "reward")]
+    off = f"off by {verdict.error:.3g} times its largest entry; "
     lines = [
         verdict.where,
-        f"off by {verdict.error:.3g} times its largest entry; {dtype} allows {tolerance[q.kind]:g}",
+        f"{off if math.isfinite(verdict.error) else ''}{dtype} allows {tolerance[q.kind]:g}",
         f"it is: {q.what}",
         f"usual cause: {q.cause}",
     ]
     if before:
-        lines.append(f"not in the results, and so not ruled out: {', '.join(before)}")
+        names = ", ".join(x.name for x in before)
+        lines.append(f"not in the results, and so not ruled out: {names}")
     told = [textwrap.fill(x, 99, initial_indent="  ", subsequent_indent="    ") for x in lines]
     return "\n".join([f"{q.name} differs first, in case {key[1]}", *told])
 
 
 def listing(found: dict, tolerance: dict) -> str:
-    """Return a line for each quantity: its status and error in each case that has it."""
-    words = {q.name: [] for q in ORDER}
+    """Return a line for each quantity that is there: its status and error in each case that has it;
+    and what is missing."""
+    words, missing = {}, {}
     for (quantity, case), verdict in found.items():
-        error = f" {verdict.error:.0e}" if verdict and verdict.error else ""
-        words[quantity].append(f"{case} {status(quantity, verdict, tolerance)}{error}")
-    return "\n".join(f"{name:<27} {', '.join(told)}" for name, told in words.items())
+        if verdict is None:
+            missing.setdefault(quantity, []).append(case)
+            continue
+        error = f" {verdict.error:.0e}" if verdict.error else ""
+        told = f"{case} {status(quantity, verdict, tolerance)}{error}"
+        words.setdefault(quantity, []).append(told)
+    lines = [f"{name:<27} {', '.join(told)}" for name, told in words.items()]
+    for cases in dict.fromkeys(tuple(cases) for cases in missing.values()):
+        names = ", ".join(name for name, where in missing.items() if tuple(where) == cases)
+        told = f"missing in {', '.join(cases)}: {names}"
+        lines.append(textwrap.fill(told, 99, subsequent_indent="    "))
+    return "\n".join(lines)
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line, whose help tells the format."""
     lines = [
+        "A golden file is {about, cases: {case: {inputs, outputs}}}; read `about` first.",
         "RESULTS.json is {case: {quantity: values}}, numbers in nested lists. The cases:",
         textwrap.fill(", ".join(contract()), 99, initial_indent="  ", subsequent_indent="  "),
         "Quantities may be left out, cases too; what is missing is told. In order of dependency,",
@@ -322,10 +342,10 @@ def main(argv: list[str]) -> int:
         return 2
     first = first_difference(found, tolerance)
     there = sum(v is not None for v in found.values())
-    lines = [explain(found, first, tolerance, asked.dtype), ""] if first else []
-    lines += [listing(found, tolerance), f"{there} of {len(found)} quantities compared: "
-              + ("some differ" if first else "all agree")]  # fmt: skip
-    print("\n".join(lines))  # at once, for those who read but the head of it
+    lines = [listing(found, tolerance), "", f"{there} of {len(found)} pairs of quantity and case "
+             "compared: " + ("some differ" if first else "all agree")]  # fmt: skip
+    lines += ["", explain(found, first, tolerance, asked.dtype)] if first else []
+    print("\n".join(lines))
     return 1 if first else 0
 
 

@@ -1,6 +1,7 @@
 """A port that is right passes, one that is wrong is told what it got wrong first."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -59,7 +60,7 @@ def test_the_numpy_port_passes_and_the_checker_needs_the_standard_library_alone(
             [sys.executable, *words], cwd=tmp_path, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("quantities compared: all agree\n")
+    assert done.stdout.endswith(" compared: all agree\n")
     assert "torch" not in (TESTS / "port_numpy.py").read_text()
     results = json.loads((tmp_path / "results.json").read_text())
     absent = CASES["pairs"]["outputs"].keys() - results["pairs"].keys()
@@ -212,18 +213,21 @@ def test_what_is_told_of_the_first_difference(capsys, tmp_path):
     del results["two_rows"], results["pairs"]["logp"]
     status, told = run(capsys, tmp_path / "results.json", results)
     assert status == 1
-    lines = told.splitlines()
+    listed, lines = told.split("differ\n\n")[0], told.split("differ\n\n")[1].splitlines()
     assert lines[0] == "stage2_advantage2 differs first, in case pairs"
     advantage = results["pairs"]["stage2_advantage2"]
     expected = CASES["pairs"]["outputs"]["stage2_advantage2"]
     worst = max(range(8), key=lambda b: abs(advantage[b] - expected[b]))
     assert f"[{worst}]: expected {expected[worst]}, got {advantage[worst]}" in lines[1]
     assert "float64 allows 1e-09" in lines[2] and "standard deviation" in lines[4]
-    assert max(map(len, lines[:6])) <= 100
-    assert lines[5].endswith("not ruled out: logp")
-    assert any(line.startswith("stage2_advantage2 ") and "pairs DIFFERS" in line for line in lines)
-    assert "logp                        pairs missing, triples ok" in told
-    assert "two_rows missing" in told
+    assert len(lines) == 5  # no reward depends on the log-probabilities that are missing
+    assert re.search("^stage2_advantage2 +pairs DIFFERS", listed, re.MULTILINE)
+    assert re.search("^logp +triples ok[^,]*$", listed, re.MULTILINE)
+    assert "missing in pairs: logp\n" in listed and "missing in two_rows: " in listed
+    assert max(map(len, lines + listed[listed.index("missing") :].splitlines())) <= 100
+    results = dict(pairs=dict(stage2_k1_loss=results["pairs"]["stage1_k1_loss"]))
+    _, told = run(capsys, tmp_path / "results.json", results)
+    assert "not ruled out: ids, length, turn, " in told and "kl2_k1" in told
 
 
 # --- what cannot be compared ----------------------------------------------------------------------
@@ -233,7 +237,10 @@ def test_a_part_is_enough(capsys, tmp_path):
     gradient = CASES["pairs"]["outputs"]["stage2_exact_gradient"]
     content = {"pairs": {"stage2_exact_gradient": gradient}}
     status, told = run(capsys, tmp_path / "results.json", content)
-    assert status == 0 and "1 of " in told and told.count("missing") > 100
+    missing = told.split("\n", 1)[1]  # after the line of what is there
+    assert status == 0 and "1 of " in told and missing.startswith("missing in two_rows, pairs, ")
+    names = {q.name for q in check_port.ORDER} - {"stage2_exact_gradient"}
+    assert all(name in re.split(r"[\s,]+", missing) for name in names)
 
 
 @pytest.mark.parametrize(
