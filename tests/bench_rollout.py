@@ -12,8 +12,7 @@ An episode is two attempts at a problem, four episodes a problem: ours reads a p
 four and goes on in the first attempt's cache; `generate` is called twice, and reads everything
 again for the second ("dynamic"), or goes on in its cache, too ("kept"). Not compiled.
 
-What bounds it: how much of its time `generate` spends in matrix products and attention, which a
-sampler that calls the same kernels has to spend, too.
+What bounds it: how much of its time each spends in matrix products and attention.
 """
 
 import argparse
@@ -193,7 +192,7 @@ def measure(size: str, batches: list[int], rounds: int, fused: bool) -> dict:
         agree(f"{size}, batch {B}", {name: work(True) for name, work in one.items()})
         works = {name: functools.partial(work, False) for name, work in one.items()}
         found["turns"][B] = in_turns(works, rounds)
-        found["kernels"][B] = in_kernels(works["dynamic"])
+        found["kernels"][B] = {name: in_kernels(works[name]) for name in ("ours", "dynamic")}
         show(size, B, "tokens", B * n, found["turns"][B])
         if B < GROUP:
             continue

@@ -116,7 +116,8 @@ def against_machine(rounds: int, rows: int) -> dict:
     score.collect = lambda *_, **__: (r, [], rewards, 0.0)
     square = torch.ones(2048, 2048)
     works = {"multiply": lambda: square @ square, "step": lambda: score.rl_step(run, PHASE)}
-    # two flop a weight and token forward, four backward, two in the base; attention not counted
+    # two flop a weight and token forward, four backward, two in the base (which torch's counter of
+    # flop leaves out, as it does not know oneDNN's products); attention not counted
     matrices = sum(w.numel() for w in policy.parameters() if w.dim() == 2)
     return dict(
         seconds=in_turns(works, rounds), flop=8 * matrices * rows * (r.ids_BT.shape[1] - 1),

@@ -109,11 +109,11 @@ def test_other_methods_resume_bit_for_bit_too(tmp_path, method):
 def test_a_compiled_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     """Policy, base and Stage I's weights go through the compiler, here one that errs by 1 %, before
     and after; the check of the sampler, in float64, does not."""
-    dtypes = set()
+    seen = set()
 
     def compiled(f):
         def call(gpt, *words):
-            dtypes.add(gpt.norm.weight.dtype)
+            seen.add((gpt.norm.weight.dtype, gpt.norm.weight.requires_grad))
             return 1.01 * f(gpt, *words)
 
         return call
@@ -127,7 +127,7 @@ def test_a_compiled_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     while not score.train(runs.restore(tmp_path / "run"), StopAfter(0)):
         pass
     assert outcome(tmp_path / "whole", config) == outcome(tmp_path / "run", config)
-    assert dtypes == {torch.float32}
+    assert seen == {(torch.float32, True), (torch.float32, False)}  # what is trained, and is not
     plain = runs.Config(**TINY | dict(save_every=2), method="three_turn")
     assert score.train(runs.create(plain, tmp_path / "plain"), threading.Event())
     assert outcome(tmp_path / "plain", plain) != outcome(tmp_path / "whole", plain)
