@@ -42,6 +42,7 @@ TITLES = dict(
     group="rollouts of a problem",
 )  # fmt: skip
 STEPS, WARM = 5, 2
+MIB = (125, 250, 500)  # ticks of the figure
 
 
 def measure(batch: int, length: int, width: int, group: int, prompt: int) -> dict:
@@ -98,6 +99,7 @@ def draw(found: dict, path: Path) -> None:
             axis.set(xscale="log", yscale="log")
             axis.grid(alpha=0.3)
         memory_axis.set_xticks(x, [str(value) for value in x])
+        memory_axis.set_yticks(MIB, [str(value) for value in MIB])
         memory_axis.minorticks_off()
         memory_axis.set_xlabel(TITLES[name])
     axes[0, 0].set_ylabel("ms a step")

@@ -12,10 +12,11 @@ An episode is two attempts at a problem, four episodes a problem: ours reads a p
 four and goes on in the first attempt's cache; `generate` is called twice, and reads everything
 again for the second ("dynamic"), or goes on in its cache, too ("kept"). Not compiled.
 
-What bounds it: how much of its time each spends in matrix products and attention.
+What bounds it: how much of its time each spends in matrix products and attention, with most rows.
 """
 
 import argparse
+import ctypes
 import functools
 import os
 import platform
@@ -118,6 +119,15 @@ def episodes_there(other, ids_PT, n, instruction, keep: bool, greedy: bool) -> t
     return torch.cat([first, second], dim=1)
 
 
+def keep_memory() -> None:
+    """Let Linux's C library keep what is freed. Else it goes back to the system and comes again
+    page by page, or does not, as the heap happens to lie: up to a third of the time, on any side.
+    """
+    if sys.platform == "linux":
+        for name, most in ((-1, 2**31 - 1), (-3, 2**25)):  # thresholds of trimming and of mapping
+            ctypes.CDLL(None).mallopt(name, most)
+
+
 def in_turns(works: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
     """Return the seconds that each work took in each round, after one round that is not told."""
     seconds = {name: [] for name in works}
@@ -183,7 +193,7 @@ def measure(size: str, batches: list[int], rounds: int, fused: bool) -> dict:
     generator = torch.Generator().manual_seed(0)
     found = dict(
         parameters=sum(w.numel() for w in model.parameters()), prompt=T, attempt=n, turns={},
-        episodes={}, kernels={},
+        episodes={},
     )  # fmt: skip
     instruction = torch.randint(config.vocab_size, (INSTRUCTION,), generator=generator).tolist()
     for B in batches:
@@ -192,7 +202,8 @@ def measure(size: str, batches: list[int], rounds: int, fused: bool) -> dict:
         agree(f"{size}, batch {B}", {name: work(True) for name, work in one.items()})
         works = {name: functools.partial(work, False) for name, work in one.items()}
         found["turns"][B] = in_turns(works, rounds)
-        found["kernels"][B] = {name: in_kernels(works[name]) for name in ("ours", "dynamic")}
+        if fused and B == max(batches):
+            found["kernels"] = {name: in_kernels(works[name]) for name in ("ours", "dynamic")}
         show(size, B, "tokens", B * n, found["turns"][B])
         if B < GROUP:
             continue
@@ -231,6 +242,7 @@ def main(argv: list[str]) -> int:
     if any(B < 1 or B > GROUP and B % GROUP for B in args.batches or ()):
         parser.error(f"--batches must be at least 1 and, above {GROUP}, multiples of it, "
                      f"got {args.batches}")  # fmt: skip
+    keep_memory()
     found = dict(
         commit=runs.commit(), torch=torch.__version__, threads=torch.get_num_threads(),
         machine=f"{platform.system()} {platform.machine()}", sizes={},

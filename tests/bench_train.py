@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_rollout import SIZES, attempt, in_kernels, in_turns
+from bench_rollout import SIZES, attempt, in_kernels, in_turns, keep_memory
 from transformers import TrainerCallback
 from truth import ROOT
 
@@ -155,6 +155,7 @@ def main(argv: list[str]) -> int:
     for option, rows in (("--batch", args.batch), ("--rows", args.rows)):
         if rows < 4 or rows % 4:
             parser.error(f"{option} must be a multiple of 4, got {rows}")
+    keep_memory()
     found = dict(
         commit=runs.commit(), torch=torch.__version__, threads=torch.get_num_threads(),
         machine=f"{platform.system()} {platform.machine()}", rounds=args.rounds, batch=args.batch,

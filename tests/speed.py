@@ -129,7 +129,7 @@ def steps(train: dict, seeds: list[dict]) -> list[str]:
 def bounds(sizes: dict, train: dict) -> str:
     """Return what bounds the misses."""
     toy, ours = sizes["toy"], train["toy"]["seconds"]["ours"]
-    kernels, step = toy["kernels"]["512"], train["toy"]["kernels"]
+    kernels, step = toy["kernels"], train["toy"]["kernels"]
     turns = toy["turns"]["512"]
     most = ratio(turns["ours"], faster(turns, "dynamic", "static")) / kernels["ours"]
     ahead = ratio(ours, train["toy"]["seconds"]["TRL"]) / step
