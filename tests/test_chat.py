@@ -4,23 +4,23 @@ The tokenizers are trained here, with pre-tokenizer, normalizer, post-processor 
 the families' published files have them.
 """
 
+import inspect
 import json
 import random
 import unicodedata
 from functools import cache
 
 import pytest
+import sympy.solvers.solvers
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from truth import ROOT
 
 import chat
 import verify
 
 TEXTS = [
-    (ROOT / name).read_text() for name in ("README.md", "STUDY.md", "verify.py", "tests/truth.py")
-] + [
+    inspect.getsource(sympy.solvers.solvers),  # prose and code that no change here changes
     "Ich weiß nicht, was soll es bedeuten, daß ich so traurig bin. " * 9,
     "Ça fait déjà longtemps; l'été dernier, où étiez-vous? N'est-ce pas? " * 9,
     "Съешь же ещё этих мягких французских булок, да выпей чаю. " * 9,
@@ -376,6 +376,16 @@ def swapped(file):
     vocab[a], vocab[b] = vocab[b], vocab[a]
 
 
+def last_first(file):
+    merges = file["model"]["merges"]
+    merges.insert(0, merges.pop())
+
+
+def doubled(file):
+    """Add a token that the merges make, too, under the id that it has."""
+    file["added_tokens"][1] |= {"content": "in", "id": file["model"]["vocab"]["in"]}
+
+
 def pre(**changes):
     return {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, **changes}}
 
@@ -418,13 +428,14 @@ REFUSED = [
     ("qwen2", flagged(normalized=True), r"<\|im_start\|>': \['normalized'\]"),
     ("llama3", flagged(normalized=True), r"<\|end_of_text\|>': \['normalized'\]"),
     ("qwen2", flagged(content=""), "added token '': "),
-    ("qwen2", flagged(content="the"), "added token 'the' is an ordinary token, too"),
+    ("qwen2", flagged(content="in"), "added token 'in' is an ordinary token, too"),
+    ("qwen2", doubled, "added token 'in' is an ordinary token, too"),
     ("smollm2", flagged(id=999), r"<\|im_start\|>' is an ordinary token, too"),
     ("qwen2", flagged(id=999), "two tokens have one id"),
     ("qwen2", swapped, "is merged after .*, but has the lower id"),
-    ("qwen2", lambda f: f["model"]["merges"].reverse(), "is merged after .*, but has the lower id"),
+    ("qwen2", last_first, "is merged after .*, but has the lower id"),
     ("qwen2", lambda f: f["model"]["merges"].pop(), "token .* is not what its merges make of it"),
-    ("llama3", lambda f: f["model"]["merges"].pop(), "is not what its merges make of it: "),
+    ("llama3", lambda f: f["model"]["merges"].pop(0), "is not what its merges make of it: "),
     ("llama3", lambda f: f["model"].update(ignore_merges=False), "token 'Ġzyzzyva' is not what"),
     ("qwen2", lambda f: f["model"]["vocab"].update({"日本": 9999}), "'日本' is not made of byte"),
     ("qwen2", lambda f: f["model"]["merges"].append(["z", "qz"]), r"merge \('z', 'qz'\) makes no"),
