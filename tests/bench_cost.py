@@ -115,8 +115,8 @@ def draw(found: dict, path: Path) -> None:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=POINTS, default=list(POINTS))
-    parser.add_argument("--points", type=int, help="so many of each, the smallest")
+    parser.add_argument("--only", nargs="+", choices=POINTS, default=list(POINTS), help="(all)")
+    parser.add_argument("--points", type=int, help="so many of each, the smallest (all)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -52,7 +52,6 @@ SIZES = {  # sizes of the model; tokens of a problem and of an attempt; batches;
         32, 16, (1, 8, 64), 3,
     ),
 }  # fmt: skip
-COMPILED = ("toy", "10M")  # sizes at which torch.compile is measured, too
 GENERATE = ("dynamic", "static", "dynamic, compiled", "static, compiled")
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 KERNELS = (
@@ -232,9 +231,10 @@ def show(size: str, B: int, unit: str, n: int, seconds: dict[str, list[float]]) 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
-    parser.add_argument("--batches", nargs="+", type=int, help=f"rows; from {GROUP}, multiples")
-    parser.add_argument("--rounds", type=int, help="how often each is timed")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES, help="(all)")
+    parser.add_argument("--batches", nargs="+", type=int, help=f"rows: less than {GROUP} or "
+                        "multiples of it (1 8 64 512; of 0.5B to 64)")  # fmt: skip
+    parser.add_argument("--rounds", type=int, help="how often each is timed (15; larger sizes, 3)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     whole = RESULTS if not argv else Path(RESULTS.name)
     parser.add_argument("--out", type=Path, default=whole, help="default of a part: rollout.json")
@@ -249,7 +249,7 @@ def main(argv: list[str]) -> int:
     )  # fmt: skip
     for size in args.sizes:
         *_, batches, rounds = SIZES[size]
-        fused = size in COMPILED and not args.no_compile
+        fused = not args.no_compile
         found["sizes"][size] = measure(size, args.batches or batches, args.rounds or rounds, fused)
     runs.write_json(found, args.out, indent=2)
     return 0

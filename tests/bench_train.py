@@ -12,7 +12,7 @@ share of our step's time that matrix products and attention take.
 Then the machine's limits, each in turns with what it bounds. What a model of 10M weights makes of
 the cores' arithmetic: a step of Stage II on 32 given rows of 128 tokens, its products counted,
 beside products of matrices of 2,048. What decoding one row at Qwen2.5-0.5B's shape makes of the
-memory: the time of a token, beside summing 1 GB, and beside summing each of the weights once.
+memory: the time of a token, compiled and not, beside summing 1 GB, and each of the weights once.
 """
 
 import argparse
@@ -125,17 +125,24 @@ def against_machine(rounds: int, rows: int) -> dict:
     )  # fmt: skip
 
 
-def decoding(rounds: int, size: str) -> dict:
+def decoding(rounds: int, size: str, fused: bool) -> dict:
     """Return the seconds of attempts in a batch of 1, and of reading memory and weights once."""
     config, T, n, *_ = SIZES[size]
     model, large = GPT(config).eval(), torch.ones(250_000_000)
     ids_1T = torch.randint(config.vocab_size, (1, T), generator=torch.Generator().manual_seed(0))
     matrices = [w.detach() for w in model.parameters()]
+
+    def write(n, compiled=False):
+        model.compiled = compiled
+        attempt(model, ids_1T, n, greedy=False)
+
     works = {
-        "long": lambda: attempt(model, ids_1T, n + 1, greedy=False),
-        "short": lambda: attempt(model, ids_1T, 1, greedy=False),
+        "long": lambda: write(n + 1), "short": lambda: write(1),
         "gigabyte": large.sum, "weights": lambda: [w.sum() for w in matrices],
     }  # fmt: skip
+    if fused:
+        works["long, compiled"] = lambda: write(n + 1, compiled=True)
+        works["short, compiled"] = lambda: write(1, compiled=True)
     return dict(
         seconds=in_turns(works, rounds), tokens=n, read=4 * sum(w.numel() for w in matrices),
         kernels=in_kernels(works["long"]),
@@ -144,10 +151,10 @@ def decoding(rounds: int, size: str) -> dict:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=15, help="how often each is timed")
-    parser.add_argument("--batch", type=int, default=256, help="rollouts of the toy's step")
-    parser.add_argument("--rows", type=int, default=32, help="of the 10M model's step")
-    parser.add_argument("--size", choices=SIZES, default="0.5B", help="of the model that decodes")
+    parser.add_argument("--rounds", type=int, default=15, help="how often each is timed (15)")
+    parser.add_argument("--batch", type=int, default=256, help="rollouts of the toy's step (256)")
+    parser.add_argument("--rows", type=int, default=32, help="of the 10M model's step (32)")
+    parser.add_argument("--size", choices=SIZES, default="0.5B", help="of what decodes (0.5B)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     whole = RESULTS if not argv else Path(RESULTS.name)
     parser.add_argument("--out", type=Path, default=whole, help="default of a part: train.json")
@@ -161,7 +168,7 @@ def main(argv: list[str]) -> int:
         machine=f"{platform.system()} {platform.machine()}", rounds=args.rounds, batch=args.batch,
         toy=against_trl(args.rounds, args.batch, not args.no_compile),
         large=against_machine(-(-args.rounds // 3), args.rows),
-        decode=decoding(args.rounds, args.size),
+        decode=decoding(args.rounds, args.size, not args.no_compile),
     )  # fmt: skip
     runs.write_json(found, args.out, indent=2)
     for name, seconds in found["toy"]["seconds"].items():
@@ -171,10 +178,12 @@ def main(argv: list[str]) -> int:
     done, most = found["large"]["flop"] / median["step"], 2 * 2048**3 / median["multiply"]
     print(f"10M: {done / 1e9:.0f} of {most / 1e9:.0f} Gflop/s, {100 * done / most:.0f} %")
     median = {name: statistics.median(x) for name, x in found["decode"]["seconds"].items()}
-    token = (median["long"] - median["short"]) / found["decode"]["tokens"]
     once = found["decode"]["read"] / 1e9 * median["gigabyte"]
-    print(f"{args.size}: {1000 * token:.1f} ms a token; weights once, {1000 * once:.1f} ms at the "
-          f"bandwidth of 1 GB, {1000 * median['weights']:.1f} ms summed")  # fmt: skip
+    for option in ("", ", compiled")[: 2 - args.no_compile]:
+        token = (median["long" + option] - median["short" + option]) / found["decode"]["tokens"]
+        print(f"{args.size}{option}: {1000 * token:.1f} ms a token; weights once, "
+              f"{1000 * once:.1f} ms at the bandwidth of 1 GB, "
+              f"{1000 * median['weights']:.1f} ms summed")  # fmt: skip
     return 0
 
 

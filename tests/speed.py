@@ -85,13 +85,13 @@ def episodes(sizes: dict) -> list[str]:
     return lines
 
 
-def decode(found: dict) -> tuple[list[float], list[float], list[float]]:
-    """Return the seconds of a token in a batch of 1, of reading the weights once at the bandwidth
-    measured beside it, and of summing each weight."""
+def decode(found: dict, option: str) -> tuple[list[float], list[float]]:
+    """Return the seconds of a token in a batch of 1 (option: "" or ", compiled"), and of reading
+    the weights once at the bandwidth measured beside it."""
     seconds = found["seconds"]
-    pairs = zip(seconds["long"], seconds["short"], strict=True)
+    pairs = zip(seconds["long" + option], seconds["short" + option], strict=True)
     once = [found["read"] / 1e9 * x for x in seconds["gigabyte"]]
-    return [(long - short) / found["tokens"] for long, short in pairs], once, seconds["weights"]
+    return [(long - short) / found["tokens"] for long, short in pairs], once
 
 
 def steps(train: dict, seeds: list[dict]) -> list[str]:
@@ -105,13 +105,14 @@ def steps(train: dict, seeds: list[dict]) -> list[str]:
         lines.append(
             row(f"SCoRe's step, toy{option}, and TRL's, ms", *cells, f"{value:.2f} ×", aim)
         )
-    token, once, _ = decode(train["decode"])
-    share = median(once) / median(token)
-    lines.append(row(
-        "a token, 0.5B, 1 row, and reading the weights once, ms",
-        *(spread([1000 * x for x in xs]) for xs in (token, once)),
-        f"{100 * share:.0f} %", verdict(share, AIMS["decode"]),
-    ))  # fmt: skip
+    for name, option in (("", ""), (", compiled", ", `--compile`")):
+        token, once = decode(train["decode"], name)
+        share = median(once) / median(token)
+        lines.append(row(
+            f"a token, 0.5B, 1 row{option}, and reading the weights once, ms",
+            *(spread([1000 * x for x in xs]) for xs in (token, once)),
+            f"{100 * share:.0f} %", verdict(share, AIMS["decode"]),
+        ))  # fmt: skip
     flops = [large["flop"] / x / 1e9 for x in large["seconds"]["step"]]
     most = [2 * 2048**3 / x / 1e9 for x in large["seconds"]["multiply"]]
     share = median(flops) / median(most)
@@ -133,16 +134,15 @@ def bounds(sizes: dict, train: dict) -> str:
     turns = toy["turns"]["512"]
     most = ratio(turns["ours"], faster(turns, "dynamic", "static")) / kernels["ours"]
     ahead = ratio(ours, train["toy"]["seconds"]["TRL"]) / step
-    read = 100 * train["decode"]["kernels"]
-    _, _, summed = decode(train["decode"])
+    read, summed = 100 * train["decode"]["kernels"], train["decode"]["seconds"]["weights"]
     return (
         f"What bounds it: matrix products and attention are {100 * kernels['ours']:.0f} % of our "
         f"time (and {100 * kernels['dynamic']:.0f} % of `generate`'s) at 512 rows of the toy; were "
         f"all else free, ours would be {most:.1f} times as fast as `generate`. They are "
         f"{100 * step:.0f} % of our training step, which would be {ahead:.1f} times as fast as "
-        f"TRL's; and {read:.0f} % of an attempt at 0.5B: products of one row read slower than the "
-        f"memory could be read (summing the weights one by one takes "
-        f"{1000 * median(summed):.0f} ms)."
+        f"TRL's; and {read:.0f} % of an attempt at 0.5B, not compiled: products of one row read "
+        f"slower than the memory could be read (summing the weights one by one takes "
+        f"{1000 * median(summed):.0f} ms); compiled they are sums."
     )
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -276,6 +277,41 @@ def test_a_compiled_model_computes_the_same_and_so_does_its_copy(monkeypatch):
     torch.testing.assert_close(two_turns(gpt), usual, rtol=1e-4, atol=1e-4)
     counted = torch._dynamo.utils.counters
     assert counted["stats"]["unique_graphs"] >= 4 and not counted["graph_break"]
+
+
+@compiling
+def test_one_row_is_read_without_a_product_of_matrices(monkeypatch):
+    """Where it is compiled, and the matrices are large: the same states, head and biases."""
+    gpt = model(torch.float32, qkv_bias=True)
+    torch.manual_seed(0)
+    for name, weight in gpt.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+
+    @torch.no_grad()
+    def one_by_one(rows):
+        cache, tokens = Cache(gpt, rows, 7), ids(rows, 7)
+        return [gpt(part, cache) for part in tokens.split([3, 1, 1, 1, 1], dim=1)]
+
+    usual = {rows: torch.cat(one_by_one(rows), dim=1) for rows in (1, 2)}
+    graphs = []
+    for fused, large in ((False, 1), (True, 2**17), (True, 1)):
+        monkeypatch.setattr(program, "LARGE", large)
+        gpt.compiled = fused
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        one_by_one(1)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == 0 and graphs[2] == graphs[1] + 1  # the head's, if it is large
+    for rows in (1, 2):
+        one_by_one(rows)
+        with torch.profiler.profile() as profiler:
+            found = torch.cat(one_by_one(rows), dim=1)
+        torch.testing.assert_close(found, usual[rows], rtol=1e-4, atol=1e-4)
+        count = Counter(calls(profiler))
+        steps = 1 if rows == 1 else 5  # only the problem is read with several tokens at once
+        assert count["aten::mm"] + count["aten::addmm"] == 4 * 2 * steps
+        assert count["mkldnn::_linear_pointwise"] == steps * program.ONEDNN  # the head
 
 
 @compiling
