@@ -307,7 +307,7 @@ class GPT(nn.Module):
     lean: an attribute, False at first. True adds to the gradient of a large vocabulary's matrix in
     place, for callers of `logits` in chunks: the same gradient without copies of its size.
     compiled: an attribute, False at first. True lets torch.compile fuse what is between the matrix
-    products, at the first call of each kind: the same but for rounding.
+    products, and of one row on a CPU large ones, too: the same but for rounding.
     """
 
     def __init__(self, config: GPTConfig, seed: int = 0):

@@ -117,7 +117,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=POINTS, default=list(POINTS), help="(all)")
     parser.add_argument("--points", type=int, help="so many of each, the smallest (all)")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    whole = RESULTS if not argv else Path(RESULTS.name)
+    parser.add_argument("--out", type=Path, default=whole, help="default of a part: cost.json")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:

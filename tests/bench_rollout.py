@@ -1,6 +1,6 @@
 """How fast are attempts sampled, against transformers' `generate` and against the machine?
 
-    python tests/bench_rollout.py           # half an hour; --sizes toy takes minutes
+    python tests/bench_rollout.py           # three quarters of an hour; --sizes toy takes minutes
 
 The same weights and the same work, in one process, in turns: each round measures every sampler
 once, and what is told is the median of the rounds with the least and the most. Greedy tokens must
@@ -242,6 +242,8 @@ def main(argv: list[str]) -> int:
     if any(B < 1 or B > GROUP and B % GROUP for B in args.batches or ()):
         parser.error(f"--batches must be at least 1 and, above {GROUP}, multiples of it, "
                      f"got {args.batches}")  # fmt: skip
+    if args.rounds is not None and args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
     keep_memory()
     found = dict(
         commit=runs.commit(), torch=torch.__version__, threads=torch.get_num_threads(),
@@ -252,6 +254,7 @@ def main(argv: list[str]) -> int:
         fused = not args.no_compile
         found["sizes"][size] = measure(size, args.batches or batches, args.rounds or rounds, fused)
     runs.write_json(found, args.out, indent=2)
+    print(f"wrote {args.out}")
     return 0
 
 

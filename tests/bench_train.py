@@ -154,7 +154,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=15, help="how often each is timed (15)")
     parser.add_argument("--batch", type=int, default=256, help="rollouts of the toy's step (256)")
     parser.add_argument("--rows", type=int, default=32, help="of the 10M model's step (32)")
-    parser.add_argument("--size", choices=SIZES, default="0.5B", help="of what decodes (0.5B)")
+    parser.add_argument("--size", choices=SIZES, default="0.5B", help="that decodes a row (0.5B)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     whole = RESULTS if not argv else Path(RESULTS.name)
     parser.add_argument("--out", type=Path, default=whole, help="default of a part: train.json")
@@ -162,6 +162,8 @@ def main(argv: list[str]) -> int:
     for option, rows in (("--batch", args.batch), ("--rows", args.rows)):
         if rows < 4 or rows % 4:
             parser.error(f"{option} must be a multiple of 4, got {rows}")
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
     keep_memory()
     found = dict(
         commit=runs.commit(), torch=torch.__version__, threads=torch.get_num_threads(),
@@ -184,6 +186,7 @@ def main(argv: list[str]) -> int:
         print(f"{args.size}{option}: {1000 * token:.1f} ms a token; weights once, "
               f"{1000 * once:.1f} ms at the bandwidth of 1 GB, "
               f"{1000 * median['weights']:.1f} ms summed")  # fmt: skip
+    print(f"wrote {args.out}")
     return 0
 
 
