@@ -183,15 +183,18 @@ class Linear(nn.Linear):
             and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
         )  # fmt: skip
 
+    def reads_alone(self, x):
+        """Is it such a product, and of one row?"""
+        return x.numel() == x.shape[-1] and self.reads(x)
+
     def forward(self, x):
-        if self.reads(x):
-            if not torch.compiler.is_compiling():
-                if ONEDNN:
-                    pointwise = torch.ops.mkldnn._linear_pointwise
-                    return pointwise(x, self.weight, self.bias, "none", [], "")
-            elif x.numel() == x.shape[-1]:
+        if torch.compiler.is_compiling():
+            if self.reads_alone(x):
                 y = (x[..., None, :] * self.weight).sum(-1)
                 return y if self.bias is None else y + self.bias
+        elif ONEDNN and self.reads(x):
+            pointwise = torch.ops.mkldnn._linear_pointwise
+            return pointwise(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
 
 
@@ -352,7 +355,7 @@ class GPT(nn.Module):
         """Return logits [.., V] of final states [.., D]."""
         if self.lean and torch.is_grad_enabled():
             return AddedInPlace.apply(state, self.head.weight)
-        if self.compiled and state.numel() == state.shape[-1] and self.head.reads(state):
+        if self.compiled and self.head.reads_alone(state):
             return compiled(Linear.forward)(self.head, state)
         return self.head(state)
 

@@ -149,6 +149,15 @@ def decoding(rounds: int, size: str, fused: bool) -> dict:
     )  # fmt: skip
 
 
+def decode(found: dict, option: str) -> tuple[list[float], list[float]]:
+    """Return the seconds of a token in a batch of 1 (option: "" or ", compiled"), and of reading
+    the weights once at the bandwidth measured beside it."""
+    seconds = found["seconds"]
+    pairs = zip(seconds["long" + option], seconds["short" + option], strict=True)
+    once = [found["read"] / 1e9 * x for x in seconds["gigabyte"]]
+    return [(long - short) / found["tokens"] for long, short in pairs], once
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=15, help="how often each is timed (15)")
@@ -179,13 +188,13 @@ def main(argv: list[str]) -> int:
     median = {name: statistics.median(x) for name, x in found["large"]["seconds"].items()}
     done, most = found["large"]["flop"] / median["step"], 2 * 2048**3 / median["multiply"]
     print(f"10M: {done / 1e9:.0f} of {most / 1e9:.0f} Gflop/s, {100 * done / most:.0f} %")
-    median = {name: statistics.median(x) for name, x in found["decode"]["seconds"].items()}
-    once = found["decode"]["read"] / 1e9 * median["gigabyte"]
+    summed = found["decode"]["seconds"]["weights"]
     for option in ("", ", compiled")[: 2 - args.no_compile]:
-        token = (median["long" + option] - median["short" + option]) / found["decode"]["tokens"]
-        print(f"{args.size}{option}: {1000 * token:.1f} ms a token; weights once, "
-              f"{1000 * once:.1f} ms at the bandwidth of 1 GB, "
-              f"{1000 * median['weights']:.1f} ms summed")  # fmt: skip
+        token, once, each = (
+            1000 * statistics.median(x) for x in (*decode(found["decode"], option), summed)
+        )
+        print(f"{args.size}{option}: {token:.1f} ms a token; weights once, {once:.1f} ms at the "
+              f"bandwidth of 1 GB, {each:.1f} ms summed")  # fmt: skip
     print(f"wrote {args.out}")
     return 0
 

@@ -10,6 +10,7 @@ import sys
 from bench_rollout import GROUP
 from bench_rollout import RESULTS as ROLLOUT
 from bench_train import RESULTS as TRAIN
+from bench_train import decode
 from seeds import RESULTS as SEEDS
 
 median = statistics.median
@@ -85,15 +86,6 @@ def episodes(sizes: dict) -> list[str]:
                 shown["kept"], f"{kept:.2f}", verdict(again, AIMS.get(f"{size} episodes")),
             ))  # fmt: skip
     return lines
-
-
-def decode(found: dict, option: str) -> tuple[list[float], list[float]]:
-    """Return the seconds of a token in a batch of 1 (option: "" or ", compiled"), and of reading
-    the weights once at the bandwidth measured beside it."""
-    seconds = found["seconds"]
-    pairs = zip(seconds["long" + option], seconds["short" + option], strict=True)
-    once = [found["read"] / 1e9 * x for x in seconds["gigabyte"]]
-    return [(long - short) / found["tokens"] for long, short in pairs], once
 
 
 def steps(train: dict, seeds: list[dict]) -> list[str]:
