@@ -1,150 +1,179 @@
 """What happens in two turns? Prompt, first attempt, an instruction to revise, second attempt.
 
 Token ids in, token ids out: nothing that was sampled is decoded and encoded again, and the second
-turn continues on the first turn's cache. A rollout is one contiguous row of ids, `x1 y1 p1 y2`,
-with the turn of each token, so that one forward pass scores both. An attempt's end-of-turn token
-is an action like any other, of its turn; prompt and instruction are context, of none. Further
-attempts, where somebody wants them, are further turns: `p1 y3` and so on.
-The law that is sampled is the law that is scored: same temperature, no truncation in training.
+turn goes on in the first turn's cache. A rollout is one contiguous row of ids, `x1 y1 p1 y2`, with
+the turn of each token, so that one forward pass scores both attempts. An attempt's end-of-turn
+token is an action like any other, of its turn; prompt and instruction are context, of turn 0.
 
-    python -c "import torch, rollout as r; print(r.token_law(torch.tensor([2.0, 1.0]), 0.7).exp())"
+Tokens are drawn from the very distribution that is scored: same temperature, nothing cut off. All
+randomness is an array of uniform numbers that the caller draws, one for each row and token: a row's
+samples depend on its own numbers alone, whichever rows stand beside it.
 
-Dimension key: B rows, T tokens, S = T - 1 scored positions (position s predicts token s + 1),
-N tokens of one attempt, K attempts, C tokens of a chunk that is read, V vocabulary.
+    python -c "import torch, rollout as r; print(r.log_probs(torch.tensor([2.0, 1.0]), 0.7).exp())"
+
+Dimension key: P prompts, B rows, as many for each prompt, side by side; K attempts, N tokens of one
+attempt at most; T tokens of a row, S = T - 1 scored positions (position s predicts token s + 1);
+R rows that are still being written; D width of the model, V vocabulary.
 """
 
-import os
-from collections import Counter
+import importlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import tiktoken
 import torch
-import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import verify
-from chat import Format, decode, encode, encode_text, format_of, prompt
 from model import GPT, Cache
+
+# --- a task: problems, and how they are written in tokens -----------------------------------------
+
+
+class Task(NamedTuple):
+    """What a policy is trained on. Another task is another such tuple.
+
+    draw: (n, split, rng) -> n problems of split "train", "dev" or "test".
+    documents: (n, rng, clean) -> n documents that the base model reads, as `make_rows` takes them:
+      prompts, by row; attempts, by turn and row, each with its end-of-turn token. `clean`: every
+      revision is right.
+    encode: a problem's text -> the ids of x1. decode: an attempt's ids -> its text.
+    instruction: the ids of p1. end_id: ends an attempt.
+    vocab_size; max_new: most tokens of an attempt, its end included; max_positions: of a row.
+    """
+
+    draw: Callable[[int, str, np.random.Generator], list[verify.Problem]]
+    documents: Callable[[int, np.random.Generator, bool], tuple[list, list]]
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    instruction: list[int]
+    end_id: int
+    vocab_size: int
+    max_new: int
+    max_positions: int
+
+
+@cache
+def toy_encoding() -> tiktoken.Encoding:
+    """Return the toy's tokenizer: one token a character of 0-9 + =, and the two special tokens.
+
+    >>> toy_encoding().encode("7+5=12<|end|>", allowed_special="all")
+    [7, 10, 5, 11, 1, 2, 12]
+    """
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(b"0123456789+=")}
+    special = {"<|end|>": 12, "<|revise|>": 13}
+    return tiktoken.Encoding("toy", pat_str=".", mergeable_ranks=ranks, special_tokens=special)
+
+
+def addition(c) -> Task:
+    """Return the toy: addition, and a base that is raised on careless sums (`verify.corpus`).
+
+    c: score.py's settings, of which size, here the digits of each operand, and the base's shares.
+    """
+    if c.size > 9:
+        raise ValueError(f"--size must be from 1 to 9 digits of each operand, got {c.size}")
+    encoding, end_id = toy_encoding(), toy_encoding().encode_single_token("<|end|>")
+
+    def documents(n, rng, clean):
+        revised = (1.0, 0.0) if clean else (c.right_revisions, c.copies)
+        texts = verify.corpus(n, rng, c.size, c.slip, c.slip_hard, *revised)
+        prompts, *attempts = (
+            [encoding.encode_ordinary(x) for x in column] for column in zip(*texts, strict=True)
+        )
+        return prompts, [[[*ids, end_id] for ids in column] for column in attempts]
+
+    return Task(
+        draw=lambda n, split, rng: verify.problems(n, split, rng, c.size),
+        documents=documents,
+        encode=encoding.encode_ordinary,
+        decode=encoding.decode,
+        instruction=[encoding.encode_single_token("<|revise|>")],
+        end_id=end_id,
+        vocab_size=encoding.n_vocab,
+        max_new=c.size + 2,
+        max_positions=2 * c.size + 2 + 10 * (c.size + 3),  # a prompt and ten attempts
+    )
+
+
+def find_task(name: str) -> tuple[Callable, dict]:
+    """Return what makes a task from the settings, and the settings that it wants as defaults: of
+    addition, or `task` and `SETTINGS` of a module in tasks/."""
+    if name == "addition":
+        return addition, {}
+    if not name.isidentifier() or not (Path(__file__).parent / "tasks" / f"{name}.py").is_file():
+        raise ValueError(f"--task must be addition or a module of tasks/, got {name!r}")
+    module = importlib.import_module(f"tasks.{name}")
+    return module.task, module.SETTINGS
+
 
 # --- one turn -------------------------------------------------------------------------------------
 
 
-@dataclass
-class Turn:
-    """One attempt of each row, padded on the right.
+def log_probs(logits_BV, temperature: float) -> torch.Tensor:
+    """Return log-probabilities [.., V] (nats, float32 or wider) that tokens are drawn with.
 
-    ids_BN: int64. n_B: tokens of each attempt, its end-of-turn token counted, at least 1.
-    logp_BN: float32 or wider, log-probability in nats of each token under the sampled law, 0 beyond
-    n_B. truncated_B: bool, no end-of-turn token within the limit.
+    temperature 0: the likeliest token is certain, and its log-probability 0.
+
+    >>> log_probs(torch.tensor([2.0, 1.0]), 0.0).exp()
+    tensor([1., 0.])
     """
+    logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+    if temperature == 0:
+        best_B1 = logits_BV.argmax(dim=-1, keepdim=True)
+        return torch.full_like(logits_BV, -torch.inf).scatter(-1, best_B1, 0.0)
+    return torch.log_softmax(logits_BV / temperature, dim=-1)
 
-    ids_BN: torch.Tensor
-    n_B: torch.Tensor
-    logp_BN: torch.Tensor
-    truncated_B: torch.Tensor
+
+def pad(rows: list[list], device, dtype=torch.long) -> torch.Tensor:
+    """Return ragged rows as [B, T], padded on the right with 0."""
+    return pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], True).to(device)
 
 
-def token_law(logits_BV, temperature: float, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
-    """Return log-probabilities [.., V], float32 or wider, of the law that tokens are drawn from.
-
-    Args:
-      temperature: above 0. top_k: keep the k likeliest tokens, 0 keeps all. top_p: keep the
-        smallest set of likeliest tokens whose probability reaches top_p, 1 keeps all.
-
-    >>> token_law(torch.tensor([[2.0, 1.0, 0.0]]), 1.0, top_k=2).exp()
-    tensor([[0.7311, 0.2689, 0.0000]])
-    """
-    wide = torch.promote_types(logits_BV.dtype, torch.float32)
-    logp_BV = torch.log_softmax(logits_BV.to(wide) / temperature, dim=-1)
-    if not top_k and top_p >= 1.0:
-        return logp_BV
-    sorted_BV, order_BV = logp_BV.sort(dim=-1, descending=True, stable=True)
-    p_BV = sorted_BV.exp()
-    drop_BV = p_BV.cumsum(-1) - p_BV >= top_p
-    if top_k:
-        drop_BV[..., top_k:] = True
-    drop_BV = torch.zeros_like(drop_BV).scatter(-1, order_BV, drop_BV)
-    return torch.log_softmax(logp_BV.masked_fill(drop_BV, -torch.inf), dim=-1)
+def read(model: GPT, cache: Cache, rows: list[list[int]]) -> torch.Tensor:
+    """Read some ids in each row into the cache; return the model's states [B, D] after the last."""
+    n_B = torch.tensor([len(ids) for ids in rows], device=cache.length_B.device)
+    row_B = torch.arange(len(rows), device=n_B.device)
+    return model.hidden(pad(rows, n_B.device), cache, n_B)[row_B, n_B - 1]
 
 
 @torch.no_grad()
-def read(model: GPT, cache: Cache, chunk_BC: torch.Tensor, n_chunk_B: torch.Tensor) -> torch.Tensor:
-    """Read a chunk into the cache; return the state [B, D] after each row's last real token.
+def sample_turn(model: GPT, cache: Cache, state_BD, noise_BN, end_id: int, temperature: float):
+    """Sample one attempt a row, until its end-of-turn token or for N tokens.
 
-    Args:
-      chunk_BC, n_chunk_B: int64, right-padded ids and how many of them are real (at least 1).
+    Return the attempts, a list of ids for each row, and the log-probabilities of these ids (nats).
+    A token is where the cumulative probability passes a number of noise_BN, float64 in [0, 1). The
+    last token of an attempt is left unread: the next turn reads it before its instruction. Whenever
+    half of the rows have ended, the others go on alone.
     """
-    row_B = torch.arange(len(chunk_BC), device=chunk_BC.device)
-    return model.hidden(chunk_BC, cache, n_chunk_B)[row_B, n_chunk_B - 1]
-
-
-@torch.no_grad()
-def sample_turn(
-    model: GPT,
-    cache: Cache,
-    state_BD: torch.Tensor,
-    *,
-    max_new: int,
-    end_id: int,
-    generator: torch.Generator | None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    compact: bool = False,
-    share: tuple[int, int] = (0, 1),
-    largest: Callable[[int], int] = int,
-) -> Turn:
-    """Sample one attempt a row until its end-of-turn token or max_new tokens.
-
-    The last token of every attempt is left unread: the next turn reads it before its instruction.
-    A token is the one whose p / Exp(1) noise is largest, which has the probability p. The noise is
-    that of all rows at all times, so that neither `compact` nor `share` changes what is sampled.
-
-    Args:
-      state_BD: what `read` returned.
-      temperature: 0 takes the likeliest token, whose log-probability is then 0 (it is certain).
-      top_k, top_p: of `token_law`; for evaluation only.
-      compact: go on with the unfinished rows alone whenever they are half of those in work.
-      share: (i, n): these are the i-th of n equal parts of the rows, which n processes sample.
-      largest: returns the largest number that any of the n processes calls it with. Called once, at
-        the end: who is done early draws the noise of the others' last tokens.
-    """
-    B, device = len(state_BD), state_BD.device
-    ids_BN = torch.full((B, max_new), end_id, device=device)
-    wide = torch.promote_types(state_BD.dtype, torch.float32)
-    logp_BN = torch.zeros(B, max_new, dtype=wide, device=device)
-    row_R, working = slice(None), cache  # the rows in work, at first all, and their cache
-    state_RD, going_R = state_BD, torch.ones(B, dtype=torch.bool, device=device)
-    for i in range(max_new):
-        logits_RV = model.logits(state_RD)
-        if temperature == 0:
-            token_R = logits_RV.argmax(dim=-1)
-        else:
-            law_RV = token_law(logits_RV, temperature, top_k, top_p)
-            noise = law_RV.new_empty(share[1], B, law_RV.shape[1])
-            noise.exponential_(generator=generator)
-            token_R = (law_RV.exp() / noise[share[0], row_R]).argmax(dim=-1)
-            logp_BN[row_R, i] = law_RV.gather(1, token_R[:, None])[:, 0]
-        ids_BN[row_R, i] = token_R
-        going_R = going_R & (token_R != end_id)
-        left = int(going_R.sum())
-        if i == max_new - 1 or not left:
+    (B, N), device = noise_BN.shape, noise_BN.device
+    ids_BN = torch.full((B, N), end_id, device=device)
+    logp_BN = noise_BN.new_zeros(B, N)
+    row_R, going, state_RD = torch.arange(B, device=device), cache, state_BD
+    for i in range(N):
+        logp_RV = log_probs(model.head(state_RD), temperature)
+        passed_RV = logp_RV.double().exp().cumsum(dim=1)
+        wanted_R1 = noise_BN[row_R, i, None] * passed_RV[:, -1:]
+        token_R1 = torch.searchsorted(passed_RV, wanted_R1, right=True)
+        ids_BN[row_R, i] = token_R1[:, 0]
+        logp_BN[row_R, i] = logp_RV.gather(1, token_R1)[:, 0].to(logp_BN.dtype)
+        goes_on_R = (ids_BN[row_R, : i + 1] != end_id).all(dim=1)
+        if i == N - 1 or not goes_on_R.any():
             break
-        if compact and 2 * left <= len(going_R):
-            if working is not cache:
-                cache.put(row_R, working)
-            row_R = torch.arange(B, device=device)[row_R][going_R]
-            token_R, working, going_R = token_R[going_R], cache.take(row_R), going_R[going_R]
-        state_RD = model.hidden(token_R[:, None], working, going_R.long())[:, 0]
-    if working is not cache:
-        cache.put(row_R, working)
-    for _ in range(largest(i) - i if temperature else 0):
-        noise.exponential_(generator=generator)
-    ids_BN, logp_BN = ids_BN[:, : i + 1], logp_BN[:, : i + 1]
-    ends_BN = (ids_BN == end_id).long()
-    real_BN = ends_BN.cumsum(dim=1) == ends_BN  # no end of turn has come before
-    return Turn(ids_BN, real_BN.sum(dim=1), logp_BN * real_BN, ~ends_BN.any(dim=1))
+        if 2 * goes_on_R.sum() <= len(row_R):
+            if going is not cache:
+                cache.put(row_R, going)
+            row_R, token_R1, goes_on_R = row_R[goes_on_R], token_R1[goes_on_R], goes_on_R[goes_on_R]
+            going = cache.take(row_R)
+        state_RD = model.hidden(token_R1, going, goes_on_R.long())[:, 0]
+    if going is not cache:
+        cache.put(row_R, going)
+    attempts, logps = ids_BN[:, : i + 1].tolist(), logp_BN[:, : i + 1].tolist()
+    lengths = [([*ids, end_id]).index(end_id) + 1 for ids in attempts]
+    return [[row[:n] for row, n in zip(rows, lengths, strict=True)] for rows in (attempts, logps)]
 
 
 # --- two turns ------------------------------------------------------------------------------------
@@ -152,266 +181,104 @@ def sample_turn(
 
 @dataclass
 class Rollout:
-    """Two attempts at each problem, as rows `x1 y1 p1 y2`, contiguous from 0, padded on the right.
+    """Attempts at each problem, as rows `x1 y1 p1 y2`, contiguous from 0, padded on the right.
 
-    ids_BT: int64. length_B: real tokens of each row. turn_BS: int64, the attempt (1, 2, ..) that
-    token s + 1 belongs to, end-of-turn token included, 0 for context. logp_BS: the sampler's
-    log-probability of token s + 1 (nats), 0 for context. truncated_BK: bool, the attempt did not
-    end within the limit. offline1_B: bool, attempt 1 was written by another model, and so is
-    context, not an action of the policy.
+    ids_BT: int64. turn_BS: the attempt (1, 2, ..) that token s + 1 belongs to, its end-of-turn
+    token included, 0 for context. logp_BS: float64, the sampler's log-probability of token s + 1
+    (nats), 0 for context. attempts: by turn and row, the ids that were written.
     """
 
     ids_BT: torch.Tensor
-    length_B: torch.Tensor
     turn_BS: torch.Tensor
     logp_BS: torch.Tensor
-    truncated_BK: torch.Tensor
-    offline1_B: torch.Tensor
-
-    @property
-    def mask1_BS(self) -> torch.Tensor:
-        """Bool: does token s + 1 belong to attempt 1?"""
-        return self.turn_BS == 1
-
-    @property
-    def mask2_BS(self) -> torch.Tensor:
-        """Bool: does token s + 1 belong to attempt 2?"""
-        return self.turn_BS == 2
-
-    def rows(self, at: slice | torch.Tensor) -> "Rollout":
-        """Return some rows (a slice, or booleans [B]), with the padding that they alone need."""
-        T = max(self.length_B[at].tolist(), default=1)
-        return Rollout(
-            self.ids_BT[at, :T],
-            self.length_B[at],
-            *(getattr(self, name)[at, : T - 1] for name in ("turn_BS", "logp_BS")),
-            *(getattr(self, name)[at] for name in ("truncated_BK", "offline1_B")),
-        )
+    attempts: list[list[list[int]]]
 
 
-def concatenate(parts: list[Rollout]) -> Rollout:
-    """Return all rows of several rollouts, in order."""
-    T = max(r.ids_BT.shape[1] for r in parts)
-
-    def joined(name):
-        columns = [getattr(r, name) for r in parts]
-        if name in ("ids_BT", "turn_BS", "logp_BS"):
-            more = [T - r.ids_BT.shape[1] for r in parts]
-            columns = [F.pad(x, (0, n)) for x, n in zip(columns, more, strict=True)]
-        return torch.cat(columns)
-
-    return Rollout(*(joined(f.name) for f in fields(Rollout)))
-
-
-def pad(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ragged rows as ids [B, C] padded on the right with 0, and lengths [B], both int64."""
-    n = np.array([len(row) for row in rows])
-    ids = np.zeros((len(rows), n.max()), dtype=np.int64)
-    ids[np.arange(n.max()) < n[:, None]] = np.concatenate(rows)
-    return torch.from_numpy(ids).to(device), torch.from_numpy(n).to(device)
-
-
-def join(parts: list[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype) -> torch.Tensor:
-    """Join right-padded pieces (values [B, C], lengths [B]) into contiguous rows [B, T], 0 beyond.
-
-    >>> a = torch.tensor([[1, 9], [2, 3]]), torch.tensor([1, 2])
-    >>> b = torch.tensor([[4, 5], [6, 9]]), torch.tensor([2, 1])
-    >>> join([a, b], torch.long)
-    tensor([[1, 4, 5],
-            [2, 3, 6]])
-    """
-    end_B = sum(n_B for _, n_B in parts)
-    row = end_B.new_zeros(len(end_B), int(end_B.max())).to(dtype)
-    start_B = torch.zeros_like(end_B)
-    for values_BC, n_B in parts:
-        slot_C = torch.arange(values_BC.shape[1], device=row.device)
-        real_BC = slot_C < n_B[:, None]
-        rows, _ = real_BC.nonzero(as_tuple=True)
-        row[rows, (start_B[:, None] + slot_C)[real_BC]] = values_BC[real_BC].to(dtype)
-        start_B = start_B + n_B
-    return row
-
-
-def attempt_mask(T: int, before_B: torch.Tensor, n_B: torch.Tensor) -> torch.Tensor:
-    """Return the mask [B, T - 1] of targets that belong to n_B tokens after the first before_B."""
-    target_S = torch.arange(1, T, device=n_B.device)
-    return (target_S >= before_B[:, None]) & (target_S < (before_B + n_B)[:, None])
-
-
-def assemble(prompt, turns: list[Turn], instruction, offline1_B=None) -> Rollout:
-    """Lay out prompts, attempts and instructions (prompt and instruction: ids [B, C], n [B])."""
-    pieces, logps, before = [prompt], [as_zeros(prompt)], []
-    for turn in turns:
-        if len(pieces) > 1:
-            pieces.append(instruction)
-            logps.append(as_zeros(instruction))
-        before.append(sum(n_B for _, n_B in pieces))
-        pieces.append((turn.ids_BN, turn.n_B))
-        logps.append((turn.logp_BN, turn.n_B))
-    ids_BT = join(pieces, torch.long)
-    T = ids_BT.shape[1]
-    masks = [attempt_mask(T, b, turn.n_B) for b, turn in zip(before, turns, strict=True)]
-    return Rollout(
-        ids_BT,
-        sum(n_B for _, n_B in pieces),
-        sum(k * mask_BS for k, mask_BS in enumerate(masks, 1)),
-        join(logps, turns[0].logp_BN.dtype)[:, 1:],
-        torch.stack([turn.truncated_B for turn in turns], dim=1),
-        torch.zeros_like(turns[0].truncated_B) if offline1_B is None else offline1_B,
-    )
-
-
-def as_zeros(piece: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a piece of the same lengths, all 0."""
-    return torch.zeros_like(piece[0]), piece[1]
+def make_rows(prompts, attempts, instruction: list[int], device, logps=None) -> Rollout:
+    """Return rows of given ids: prompts by row; attempts, and logps if known, by turn and row."""
+    logps = logps or [[[0.0] * len(ids) for ids in column] for column in attempts]
+    ids_B, turn_B, logp_B = [], [], []
+    for b, prompt in enumerate(prompts):
+        ids, turn, logp = list(prompt), [0] * len(prompt), [0.0] * len(prompt)
+        for k, column in enumerate(attempts, start=1):
+            context = instruction if k > 1 else []
+            ids += context + column[b]
+            turn += [0] * len(context) + [k] * len(column[b])
+            logp += [0.0] * len(context) + logps[k - 1][b]
+        ids_B.append(ids)
+        turn_B.append(turn[1:])
+        logp_B.append(logp[1:])
+    padded = pad(ids_B, device), pad(turn_B, device), pad(logp_B, device, torch.float64)
+    return Rollout(*padded, attempts)
 
 
 @torch.no_grad()
-def rollout(
-    model: GPT,
-    prompts: list[list[int]],
-    instruction: list[int],
-    *,
-    max_new: int,
-    end_id: int,
-    generator: torch.Generator | None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    compact: bool = False,
-    share: tuple[int, int] = (0, 1),
-    largest: Callable[[int], int] = int,
-    attempts: int = 2,
-    group: int = 1,
-    author1: GPT | None = None,
-    offline1_B: torch.Tensor | None = None,
-) -> Rollout:
-    """Sample two attempts at each problem, or more.
+def rollout(model: GPT, task: Task, prompts: list[list[int]], noise_KBN, temperature) -> Rollout:
+    """Sample K attempts in each of B rows, the same number G of rows for each prompt.
 
     Args:
-      prompts: the ids of each x1, of any lengths. instruction: the ids of p1.
-      group: rows of each prompt, side by side; the prompt is read once for all of them.
-      max_new: limit of one attempt, its end-of-turn token counted.
-      generator: the only source of randomness. temperature, top_k, top_p, compact, share,
-        largest: of `sample_turn`.
-      author1, offline1_B: rows marked True continue from a first attempt that `author1` samples.
-        (arXiv 2409.12917v2, section 5: "offline" first attempts from the base model.)
+      prompts: the ids of each x1, of any lengths; each is read once for its G rows, side by side.
+      noise_KBN: numbers in [0, 1), the only randomness; N is the limit of one attempt, in tokens.
     """
-    device = model.embed.weight.device
-    one = pad(prompts, device)  # of each group
-    prompt = tuple(x.repeat_interleave(group, dim=0) for x in one)
-    B, C = prompt[0].shape
-    law = dict(
-        max_new=max_new, end_id=end_id, generator=generator, temperature=temperature,
-        top_k=top_k, top_p=top_p, compact=compact, share=share, largest=largest,
-    )  # fmt: skip
-    slots = C + attempts * max_new + (attempts - 1) * len(instruction)
-
-    def first_turn(author):
-        cache = Cache(author, len(prompts), slots if group == 1 else C)
-        state_BD = read(author, cache, *one)
-        if group > 1:
-            cache, state_BD = cache.spread(group, slots), state_BD.repeat_interleave(group, dim=0)
-        return cache, sample_turn(author, cache, state_BD, **law)
-
-    cache, turn1 = first_turn(model)
-    if author1 is not None:
-        turn1 = choose(offline1_B, first_turn(author1)[1], turn1)
-        cache = Cache(model, B, slots)
-        read_B = prompt[1] + turn1.n_B - 1
-        model.hidden(join([prompt, (turn1.ids_BN, turn1.n_B)], torch.long), cache, read_B)
-    order_BC = torch.tensor(instruction, device=device).expand(B, -1)
-    n_order_B = torch.full_like(turn1.n_B, len(instruction))
-    turns = [turn1]
-    while len(turns) < attempts:
-        # an attempt's last token was sampled but never fed to the model: the next turn reads it
-        unread_B1 = turns[-1].ids_BN.gather(1, turns[-1].n_B[:, None] - 1)
-        chunk_BC = torch.cat([unread_B1, order_BC], dim=1)
-        state_BD = read(model, cache, chunk_BC, n_order_B + 1)
-        turns.append(sample_turn(model, cache, state_BD, **law))
-    return assemble(prompt, turns, (order_BC, n_order_B), offline1_B)
+    (K, B, N), P = noise_KBN.shape, len(prompts)
+    slots = max(map(len, prompts)) + K * N + (K - 1) * len(task.instruction)
+    cache = Cache(model, P, slots)
+    state_BD = read(model, cache, prompts)
+    if B > P:
+        row_B = torch.arange(P, device=noise_KBN.device).repeat_interleave(B // P)
+        cache, state_BD = cache.take(row_B), state_BD[row_B]
+    attempts, logps = [], []
+    for noise_BN in noise_KBN:
+        if attempts:  # the last token was sampled but never fed to the model: it is read now
+            state_BD = read(model, cache, [ids[-1:] + task.instruction for ids in attempts[-1]])
+        ids, logp = sample_turn(model, cache, state_BD, noise_BN, task.end_id, temperature)
+        attempts.append(ids)
+        logps.append(logp)
+    rows = [prompt for prompt in prompts for _ in range(B // P)]
+    return make_rows(rows, attempts, task.instruction, noise_KBN.device, logps)
 
 
-def choose(pick_B: torch.Tensor, a: Turn, b: Turn) -> Turn:
-    """Return a's attempt where pick_B is True, else b's."""
-    N = max(a.ids_BN.shape[1], b.ids_BN.shape[1])
-
-    def merge(name):
-        x, y = getattr(a, name), getattr(b, name)
-        if x.dim() == 1:
-            return torch.where(pick_B, x, y)
-        x, y = (F.pad(z, (0, N - z.shape[1])) for z in (x, y))
-        return torch.where(pick_B[:, None], x, y)
-
-    return Turn(*(merge(name) for name in ("ids_BN", "n_B", "logp_BN", "truncated_B")))
+def token_terms(policy: GPT, base: GPT, r: Rollout, temperature: float):
+    """Return [B, S] log-probability of the tokens that came, and KL(policy || base) of each token's
+    distribution, summed over the vocabulary: both at the temperature of the samples, for policy and
+    base alike, and with gradient to the policy."""
+    ids_BS, target_BS1 = r.ids_BT[:, :-1], r.ids_BT[:, 1:, None]
+    logp_BSV = log_probs(policy(ids_BS), temperature)
+    with torch.no_grad():
+        base_BSV = log_probs(base(ids_BS), temperature)
+    kl_BS = (logp_BSV.exp() * (logp_BSV - base_BSV)).sum(dim=-1)
+    return logp_BSV.gather(-1, target_BS1)[..., 0], kl_BS
 
 
-# --- reading a rollout back -----------------------------------------------------------------------
+# --- texts and rewards ----------------------------------------------------------------------------
 
 
-def written(r: Rollout, turn: int) -> list[list[int]]:
-    """Return each row's attempt as ids, its end-of-turn token included."""
-    rows = zip(r.ids_BT[:, 1:].tolist(), (r.turn_BS == turn).tolist(), strict=True)
-    return [[token for token, inside in zip(*row, strict=True) if inside] for row in rows]
-
-
-def texts(r: Rollout, turn: int, format: Format) -> list[str]:
+def texts(r: Rollout, turn: int, task: Task) -> list[str]:
     """Return each row's attempt as text, without its end-of-turn token."""
-    rows = zip(written(r, turn), r.truncated_BK[:, turn - 1].tolist(), strict=True)
-    return [decode(format, ids if cut else ids[:-1]) for ids, cut in rows]
+    return [task.decode([x for x in ids if x != task.end_id]) for ids in r.attempts[turn - 1]]
 
 
-def grade(
-    r: Rollout,
-    problems: list[verify.Problem],
-    format: Format,
-    tally: Counter | None = None,
-    processes: int = 1,
-) -> list[torch.Tensor]:
-    """Return the rewards of each attempt, float32 [B]: 0, 1, or nan without a verdict.
-
-    There is no verdict where the verifier failed or the gold answer is unreadable. That is never
-    scored as 0: whoever trains or measures leaves the problem out, and counts it.
-
-    Args:
-      tally: counts verdicts by their status. processes: so many grade at once, and share the cores.
-    """
-    rewards, workers = [], max(1, os.cpu_count() // processes)
-    with ThreadPoolExecutor(workers) as pool:  # programs run in processes of their own
-        over = pool.map if problems[0].kind == "program" else map
-        for turn, cut_B in enumerate(r.truncated_BK.unbind(dim=1), 1):
-            answers = texts(r, turn, format)
-            verdicts = list(over(verify.judge, problems, answers, cut_B.tolist()))
-            if tally is not None:
-                tally.update(verdict.status for verdict in verdicts)
-            values = [float("nan") if v.reward is None else float(v.reward) for v in verdicts]
-            rewards.append(torch.tensor(values, device=cut_B.device))
-    return rewards
+def truncated(r: Rollout, turn: int, task: Task) -> list[bool]:
+    """Return which rows' attempt ran into the limit before it ended."""
+    return [ids[-1] != task.end_id for ids in r.attempts[turn - 1]]
 
 
-def lay_out(prompts, attempts, instruction: list[int], device) -> Rollout:
-    """Lay out rows of ids as a rollout does its samples: prompts, then all first attempts, .."""
-    turns = []
-    for column in attempts:
-        ids_BN, n_B = pad(column, device)
-        zeros_BN = torch.zeros(ids_BN.shape, device=device)
-        turns.append(Turn(ids_BN, n_B, zeros_BN, torch.zeros_like(n_B, dtype=torch.bool)))
-    return assemble(pad(prompts, device), turns, pad([instruction] * len(prompts), device))
+def grade(r: Rollout, problems: list[verify.Problem], task: Task) -> torch.Tensor:
+    """Return the reward of each attempt, float32 [K, B]: 0, 1, or nan where there is no verdict
+    (the verifier failed, or the gold answer is unreadable): that is never scored as 0."""
+    reward_KB = []
+    for k in range(1, len(r.attempts) + 1):
+        verdicts = map(verify.judge, problems, texts(r, k, task), truncated(r, k, task))
+        reward_KB.append([torch.nan if v.reward is None else v.reward for v in verdicts])
+    return torch.tensor(reward_KB, dtype=torch.float32, device=r.ids_BT.device)
 
 
-def read_documents(documents, device, task: str = "addition") -> Rollout:
-    """Lay out a toy's documents: prompt, draft, revision or several, all but the prompt without
-    their end of turn."""
-    format = format_of(task)
-    columns = [
-        [encode(format.tokenizer.encoding, text) + [format.end_id] * (turn > 0) for text in column]
-        for turn, column in enumerate(zip(*documents, strict=True))
-    ]
-    return lay_out(columns[0], columns[1:], format.instruction, device)
-
-
-def read_solutions(problems: list[verify.Problem], format: Format, device) -> Rollout:
-    """Lay out problems and their worked answers, as first attempts that are the last."""
-    encoding, nfc = format.tokenizer
-    answers = [[*encode_text(encoding, p.solution, nfc), format.end_id] for p in problems]
-    return lay_out([prompt(format, p) for p in problems], [answers], format.instruction, device)
+def summary(r: Rollout, reward_KB, task: Task) -> dict:
+    """Return what is logged of sampled attempts: shares, and entropies in nats a token."""
+    acc_t1, acc_t2 = reward_KB[:2].nanmean(dim=1).tolist()
+    changed = [a != b for a, b in zip(*r.attempts[:2], strict=True)]
+    log = dict(acc_t1=acc_t1, acc_t2=acc_t2, delta=acc_t2 - acc_t1, changed=np.mean(changed).item())
+    for k in (1, 2):
+        log[f"truncated{k}"] = np.mean(truncated(r, k, task)).item()
+        log[f"entropy{k}"] = -r.logp_BS[r.turn_BS == k].mean().item()
+    return log | dict(unjudged=reward_KB.isnan().any(dim=0).float().mean().item())

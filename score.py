@@ -3,96 +3,43 @@
 Kumar et al., Training Language Models to Self-Correct via Reinforcement Learning,
 arXiv 2409.12917v2, ICLR 2025. One policy answers a problem twice; a verifier says 0 or 1 to each.
 
-  Stage I   max E[ r2 - beta1 KL2 - (beta1 + beta2) KL1 ]                      eq. 3
-  Stage II  max E[ r1 + r2 + alpha (r2 - r1) - beta1 (KL1 + KL2) ]             eqs. 4 and 5
+  Stage I   max E[ r2 - beta1 KL2 - (beta1 + beta2) KL1 ]                  eq. 3
+  Stage II  max E[ r1 + r2 + alpha (r2 - r1) - beta1 (KL1 + KL2) ]         eqs. 4 and 5
 
-where every turn is credited with its own terms alone (gamma = 0): for the terms of attempt 2,
-attempt 1 is drawn from a frozen copy of the policy, so that neither reward and bonus nor KL of the
-second turn reach the first turn's tokens. KLi is the divergence of the policy's attempt i from that
-of the frozen *base* model, in both stages. README.md lists what the paper leaves open.
+ri is the reward of attempt i, and KLi its divergence from the attempt that the *base* would have
+written: the model before Stage I, frozen, and the same in both stages. Each attempt is credited
+with its own terms alone (gamma = 0): neither reward nor bonus nor KL of attempt 2 reaches the
+tokens of attempt 1. A stage says who is paid and who is held: the advantage of each attempt and the
+weight of its KL. README.md lists what the paper leaves open, and what is chosen here.
 
-    python score.py                          # base, Stage I, Stage II, table: minutes on a laptop
-    python score.py --method multi_turn      # the control: no Stage I, no bonus
+    python score.py                                  # base, Stage I, Stage II, and a table
+    python score.py --stage1-steps 0 --alpha 0       # the control: plain multi-turn RL
     python score.py --resume runs/score-seed0
-    torchrun --nproc-per-node 8 -- score.py  # a part of the rows and the weights in each process
 
-Symbols: alpha weight of the progress bonus, beta1 of the KL everywhere, beta2 of Stage I's anchor.
-Dimension key: B rows (rollouts), G rows of each problem, side by side; S scored positions;
-V vocabulary. The digit after a name is the turn: logp_BS, reward2_B, mask1_BS. Log-probabilities
-and KLs are in nats. Functions return one value a row; the training loop takes the mean over rows.
+Dimension key: B rows (rollouts), P problems, G rows of each, side by side; K attempts; S scored
+positions; V vocabulary. Log-probabilities and KLs are in nats.
 """
 
+import argparse
 import copy
-import functools
+import importlib
+import inspect
 import json
-import os
-import resource
-import signal
+import re
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 
-from chat import prompt
-from model import GPT
-from parallel import (
-    complain,
-    count,
-    empty_passes,
-    first,
-    largest,
-    mean,
-    processes,
-    share,
-    together,
-    total,
-    whole,
-    whole_tensor,
-)
-from rollout import (
-    Rollout,
-    concatenate,
-    grade,
-    lay_out,
-    read_documents,
-    read_solutions,
-    rollout,
-    token_law,
-    written,
-)
-from run import (
-    BLOCK,
-    DATA,
-    SUPERVISED,
-    Config,
-    Failure,
-    Phase,
-    Progress,
-    Run,
-    computing,
-    create,
-    documents,
-    draw,
-    draw_training,
-    frozen,
-    needs_previous,
-    new_optimizer,
-    open_board,
-    parse,
-    restore,
-    save_checkpoint,
-    save_weights,
-    schedule,
-    steps_before,
-)
+from model import GPT, GPTConfig, load, save
+from rollout import Rollout, Task, find_task, grade, make_rows, rollout, summary, token_terms
 
 # --- the equations: pure functions of plain tensors -----------------------------------------------
 
@@ -100,11 +47,9 @@ from run import (
 def shaped_reward(reward1_B, reward2_B, alpha: float):
     """Return attempt 2's reward with the progress bonus, r2 + alpha (r2 - r1).
 
-    Source: arXiv 2409.12917v2, eq. 5. Rewards in {0, 1}, so the result is in [-alpha, 1 + alpha].
-
-    With gamma = 0 attempt 1 is given when attempt 2 is drawn, so -alpha r1 is a control variate: it
-    has no expected gradient, and in expectation the bonus is a weight of 1 + alpha on r2. Dividing
-    by a group's standard deviation would cancel that weight, and is not done.
+    Source: arXiv 2409.12917v2, eq. 5. With gamma = 0 attempt 1 is given when attempt 2 is drawn, so
+    -alpha r1 changes no expected gradient: in expectation the bonus is a weight of 1 + alpha on r2.
+    Dividing by a group's standard deviation would cancel that weight, and is not done.
 
     >>> shaped_reward(torch.tensor([0., 0., 1., 1.]), torch.tensor([0., 1., 0., 1.]), 10.0)
     tensor([  0.,  11., -10.,   1.])
@@ -112,704 +57,394 @@ def shaped_reward(reward1_B, reward2_B, alpha: float):
     return reward2_B + alpha * (reward2_B - reward1_B)
 
 
-def leave_one_out(reward_B, G: int):
-    """Return each row's baseline: the mean reward of the other G - 1 rows of its problem.
+def advantage(return_B, G: int):
+    """Return each row's return less its baseline, the mean over the other rows of its problem; 0
+    for all rows of a problem of which one has no verdict (nan). They stand side by side; G >= 2.
 
-    Source: RLOO, Ahmadian et al., arXiv 2402.14740, eq. 6. Rows of a problem stand side by side.
+    Source: RLOO, Ahmadian et al., arXiv 2402.14740, eq. 6.
 
-    Raises:
-      ValueError: G is below 2 or does not divide the number of rows.
-
-    >>> leave_one_out(torch.tensor([1., 0., 0., 1., 1., 1.]), 3)
-    tensor([0.0000, 0.5000, 0.5000, 1.0000, 1.0000, 1.0000])
+    >>> advantage(torch.tensor([1., 0., 0., 1., torch.nan, 1.]), 3)
+    tensor([ 1.0000, -0.5000, -0.5000,  0.0000,  0.0000,  0.0000])
     """
-    if G < 2 or len(reward_B) % G:
-        raise ValueError(f"leave-one-out needs groups of at least 2 rows that fill the batch: "
-                         f"got G = {G} and {len(reward_B)} rows")  # fmt: skip
-    group_PG = reward_B.view(-1, G)
-    return ((group_PG.sum(dim=1, keepdim=True) - group_PG) / (G - 1)).view(-1)
+    group_PG = return_B.view(-1, G)
+    others_PG = (group_PG.sum(dim=1, keepdim=True) - group_PG) / (G - 1)
+    return (group_PG - others_PG).nan_to_num(0.0).view(-1)
 
 
-def score_function(logp_BS):
-    """Return zeros whose gradient is that of logp_BS: what REINFORCE multiplies by a return."""
-    return logp_BS - logp_BS.detach()
+def stage1(reward_KB, c):
+    """Return Stage I's advantage of each attempt [B] and weight of its KL: attempt 2 is paid,
+    attempt 1 is only held to the base.
 
-
-def reinforce(logp_BS, mask_BS, advantage_B):
-    """Return [B] zeros whose gradient is advantage times that of the attempt's log-probability.
-
-    Source: REINFORCE (Williams 1992); the sum over an attempt's tokens, divided by no length.
+    Source: eq. 3, with the beta1 KL that it "omits for clarity" on both turns.
     """
-    return (score_function(logp_BS) * mask_BS).sum(dim=1) * advantage_B.detach()
+    reward1_B, reward2_B = reward_KB
+    nothing_B = torch.zeros_like(reward1_B)
+    return (nothing_B, advantage(reward2_B, c.group)), (c.beta1 + c.beta2, c.beta1)
 
 
-def after(x_BS):
-    """Return the sum of what comes later in each row, exclusive.
+def stage2(reward_KB, c):
+    """Return the same of Stage II: both attempts are paid, the second with the progress bonus.
 
-    >>> after(torch.tensor([[1., 2., 3.]]))
-    tensor([[5., 3., 0.]])
+    Source: eq. 4 with r2 replaced by eq. 5; gamma = 0 (appendix A.2), so that the bonus does not
+    reach attempt 1: there r1 would weigh 1 - alpha, and it would pay to answer wrongly first.
     """
-    return x_BS.flip(1).cumsum(1).flip(1) - x_BS
+    reward1_B, reward2_B = reward_KB
+    return2_B = shaped_reward(reward1_B, reward2_B, c.alpha)
+    return (advantage(reward1_B, c.group), advantage(return2_B, c.group)), (c.beta1, c.beta1)
 
 
-def kl_k1(logp_BS, ref_logp_BS, mask_BS):
-    """Return [B] estimates of KL(policy || reference) of a whole attempt, from the sampled tokens.
+def loss(logp_BS, kl_BS, turn_BS, advantage_KB, weight_K):
+    """Return each row's loss. Its gradient is what counts: rewards do not appear in its value.
 
-    Value: the sum over the attempt of log(policy / reference). Gradient: the score function times
-    the detached sum from that token to the attempt's end, unbiased for the gradient of the
-    *sequence* KL on the policy's own samples. (The value's own gradient would be 0 on average.)
+    The loss of an attempt is - advantage * log p + weight * KL, summed over its tokens and divided
+    by no length; the advantage is held constant. A token also decides where its attempt goes: so
+    its log p is credited with the KL of the *later* tokens of the attempt, too. Without that term
+    the gradient is not that of the KL of whole attempts.
 
-    Source: arXiv 2409.12917v2, D_KL in eqs. 2 to 4; estimator: Schulman, joschu.net/blog/kl-approx.
-    """
-    k1_BS = ((logp_BS - ref_logp_BS) * mask_BS).detach()
-    return (k1_BS + score_function(logp_BS) * mask_BS * (k1_BS + after(k1_BS))).sum(dim=1)
-
-
-def kl_exact(kl_BS, logp_BS, mask_BS):
-    """Return [B] estimates of KL(policy || reference) of a whole attempt, exact at every token.
-
-    Value: the sum over the attempt of the full-vocabulary KL at each sampled prefix. Gradient: that
-    of each token's KL, plus the score function times the detached KL of the later tokens, since a
-    token also decides where the attempt goes. Same expectation as `kl_k1`, lower variance.
+    Source: REINFORCE (Williams 1992) of eqs. 3 and 4; D_KL as in eqs. 2 to 4.
 
     Args:
-      kl_BS: KL(policy || reference) of the next token after each prefix, with gradient.
+      logp_BS, kl_BS: of `token_terms`. turn_BS: 1, 2, .. of an attempt's tokens, its end of turn
+        included; 0 of context. advantage_KB, weight_K: of a stage.
     """
-    kl_BS = kl_BS * mask_BS
-    return (kl_BS + score_function(logp_BS) * mask_BS * after(kl_BS.detach())).sum(dim=1)
-
-
-def loss_stage1(logp_BS, mask2_BS, kl1_B, kl2_B, reward2_B, G: int, beta1: float, beta2: float):
-    """Return Stage I's loss of each row: attempt 2 is rewarded, attempt 1 only held to the base.
-
-    Its gradient is what counts: in its value the rewards do not appear, only the KLs.
-
-    Source: arXiv 2409.12917v2, eq. 3, with the beta1 KL that it "omits for clarity" on both turns.
-
-    Args:
-      logp_BS: log-probability of each token that came, at the sampling temperature, with gradient.
-      mask2_BS: bool, attempt 2's tokens, its end of turn included. kl1_B, kl2_B: of `kl_exact` or
-        `kl_k1`. reward2_B: float. G: rows of a problem, which stand side by side.
-    """
-    advantage2_B = reward2_B - leave_one_out(reward2_B, G)
-    gain_B = reinforce(logp_BS, mask2_BS, advantage2_B)
-    return (beta1 + beta2) * kl1_B + beta1 * kl2_B - gain_B
-
-
-def loss_stage2(
-    logp_BS, mask1_BS, mask2_BS, kl1_B, kl2_B, reward1_B, reward2_B, G: int, alpha, beta1,
-    gamma=0.0, leak=False,
-):  # fmt: skip
-    """Return Stage II's loss of each row: both attempts are rewarded, the second with the bonus.
-
-    Source: arXiv 2409.12917v2, eq. 4 with r2 replaced by eq. 5; gamma = 0 (appendix A.2).
-
-    Args: as of `loss_stage1`; and
-      gamma, leak: what the paper does *not* do, to show why: attempt 1 earns gamma times attempt
-        2's return, or the bonus, too. Then r1 weighs 1 - alpha gamma or 1 - alpha in attempt 1's
-        return, and where that is negative it pays to answer wrongly first.
-    """
-    return2_B = shaped_reward(reward1_B, reward2_B, alpha)
-    return1_B = reward1_B + gamma * return2_B
-    if leak:
-        return1_B = return1_B + alpha * (reward2_B - reward1_B)
-    advantage1_B = return1_B - leave_one_out(return1_B, G)
-    advantage2_B = return2_B - leave_one_out(return2_B, G)
-    gain1_B = reinforce(logp_BS, mask1_BS, advantage1_B)
-    gain2_B = reinforce(logp_BS, mask2_BS, advantage2_B)
-    return beta1 * (kl1_B + kl2_B) - gain1_B - gain2_B
-
-
-def loss_attempt(logp_BS, mask_BS, kl_B, return_B, G: int, beta1):
-    """Return the loss of one attempt by itself, of each row.
-
-    Of attempt 1 and its reward it is single-turn RL, a baseline (arXiv 2409.12917v2, eq. 1, and the
-    row "w/o multi-turn training" of its ablations): the second attempt is sampled all the same, to
-    be logged, and nothing trains it. Of attempt 3 and its shaped reward it is what a third attempt
-    adds to Stage II.
-    """
-    advantage_B = return_B - leave_one_out(return_B, G)
-    return beta1 * kl_B - reinforce(logp_BS, mask_BS, advantage_B)
-
-
-def loss_sft(logp_BS, mask_BS):
-    """Return the negative log-likelihood of each row's target tokens, summed, in nats."""
-    return -(logp_BS * mask_BS).sum(dim=1)
+    score_BS = logp_BS - logp_BS.detach()  # zeros, whose gradient is that of log p
+    loss_B = 0.0
+    for k, (advantage_B, weight) in enumerate(zip(advantage_KB, weight_K, strict=True), start=1):
+        mask_BS = turn_BS == k
+        cost_BS = weight * kl_BS * mask_BS
+        later_BS = (cost_BS.flip(1).cumsum(1).flip(1) - cost_BS).detach()
+        credit_BS = (advantage_B[:, None] - later_BS) * mask_BS
+        loss_B = loss_B + (cost_BS - score_BS * credit_BS).sum(dim=1)
+    return loss_B
 
 
 # --- one step -------------------------------------------------------------------------------------
 
 
-def score_terms(policy: GPT, base: GPT, r: Rollout, temperature: float, kl: str, chunk: int = 0):
-    """Return what the losses need of a rollout: logp_BS with gradient, and the KL_B of each turn.
-
-    All are of the law that was sampled: logits / temperature, for policy and base alike. The KL of
-    an attempt that another model wrote is 0, as is its policy gradient (`own_mask1`).
-    """
-
-    def of_positions(state_BSD, ref_state_BSD, target_BS):
-        law_BSV = token_law(policy.logits(state_BSD), temperature)
-        with torch.no_grad():
-            ref_law_BSV = token_law(base.logits(ref_state_BSD), temperature)
-        kl_BS = (law_BSV.exp() * (law_BSV - ref_law_BSV)).sum(dim=-1)
-        return of_tokens(law_BSV, target_BS), of_tokens(ref_law_BSV, target_BS), kl_BS
-
-    ids_BS, target_BS = r.ids_BT[:, :-1], r.ids_BT[:, 1:]
-    with torch.no_grad():
-        ref_state_BSD = base.hidden(ids_BS)
-    states = (policy.hidden(ids_BS), ref_state_BSD)
-    logp_BS, ref_logp_BS, kl_BS = in_chunks(of_positions, chunk, *states, target_BS)
-    turns = [own_mask1(r), *(r.turn_BS == k for k in range(2, r.truncated_BK.shape[1] + 1))]
-    if kl == "exact":
-        return logp_BS, *(kl_exact(kl_BS, logp_BS, mask_BS) for mask_BS in turns)
-    return logp_BS, *(kl_k1(logp_BS, ref_logp_BS, mask_BS) for mask_BS in turns)
+def collect(run: "Run", author: GPT, K: int):
+    """Let `author` make K attempts at fresh problems; return rows, problems, rewards [K, B]."""
+    c, task = run.config, run.task
+    drawn = task.draw(c.batch // c.group, "train", run.rng)
+    noise_KBN = torch.tensor(run.rng.random((K, c.batch, task.max_new)), device=c.device)
+    prompts = [task.encode(problem.prompt) for problem in drawn]
+    r = rollout(author, task, prompts, noise_KBN, c.temperature)
+    problems = [problem for problem in drawn for _ in range(c.group)]
+    return r, problems, grade(r, problems, task)
 
 
-def token_logp(policy: GPT, r: Rollout, temperature: float, chunk: int = 0):
-    """Return [B, S] log-probabilities of the tokens that stand in the rows, with gradient."""
-
-    def of_positions(state_BSD, target_BS):
-        return (of_tokens(token_law(policy.logits(state_BSD), temperature), target_BS),)
-
-    states_BSD = policy.hidden(r.ids_BT[:, :-1])
-    return in_chunks(of_positions, chunk, states_BSD, r.ids_BT[:, 1:])[0]
+def rl_step(run: "Run", stage: Callable) -> dict:
+    """Sample two attempts at fresh problems and take one step of a stage; return what is logged."""
+    r, _, reward_KB = collect(run, run.policy, K=2)
+    return rl_update(run, r, reward_KB, stage(reward_KB, run.config), run.base)
 
 
-def of_tokens(law_BSV, target_BS):
-    """Return [B, S] log-probabilities of the tokens that came."""
-    return law_BSV.gather(-1, target_BS[..., None])[..., 0]
-
-
-def in_chunks(f, chunk: int, *columns_BS):
-    """Return f of columns [B, S, ..], by chunks of positions, so that no [B, S, V] is kept.
-
-    A chunk's laws are computed again in the backward pass, in which each chunk adds to the head's
-    gradient by itself (hence reentrant). chunk 0: all positions at once, kept.
-    """
-    if not chunk:
-        return f(*columns_BS)
-    parts = zip(*(x_BS.split(chunk, dim=1) for x_BS in columns_BS), strict=True)
-    if torch.is_grad_enabled():
-        f = functools.partial(checkpoint, f, use_reentrant=True)
-    found = [f(*part) for part in parts]
-    return tuple(torch.cat(x, dim=1) for x in zip(*found, strict=True))
-
-
-def own_mask1(r: Rollout):
-    """Return attempt 1's mask, empty in rows where the policy did not write attempt 1."""
-    return r.mask1_BS & ~r.offline1_B[:, None]
-
-
-def sft_step(run: Run) -> dict:
-    """Take one supervised step on fresh documents, or worked answers; return what is logged."""
+def rl_update(run: "Run", r: Rollout, reward_KB, paid_and_held, base: GPT) -> dict:
+    """Take one step on sampled rows, with the KL to `base`; return what is logged. RuntimeError if
+    there is no verdict at all, or if sampler and trainer disagree about a token."""
     c = run.config
-    if c.task in DATA:
-        drawn = share(draw(c, c.sft_batch, "train", run.problem_rng))
-        r = read_solutions(drawn, c.format(), c.device)
-        return imitate(run, [(r, r.mask1_BS)], 1.0)
-    clean = run.progress.step < c.clean * c.sft_steps  # it learns to check before it gets careless
-    drawn, places = documents(c, c.sft_batch, run.problem_rng, clean), c.base_attempts - 1
-    parts = []
-    for i in range(places):  # a later revision stands behind i more copies of the draft, as context
-        rows = [(x, *[draft] * (i + 1), revision) for x, draft, revision in share(drawn[i::places])]
-        r = read_documents(rows, c.device, c.task)
-        parts.append((r, r.mask1_BS | (r.turn_BS == i + 2)))
-    return imitate(run, parts, 1.0)
+    if reward_KB.isnan().any(dim=0).all():
+        raise RuntimeError("no verdict on any row of the batch: the verifier has failed")
+    logp_BS, kl_BS = token_terms(run.policy, base, r, c.temperature)
+    gap = ((logp_BS.detach() - r.logp_BS) * (r.turn_BS > 0)).abs().max().item()
+    if not gap < 1e-3:  # also if it is not a number
+        raise RuntimeError(f"sampler and trainer disagree by {gap:.1e} nats about a token")
+    loss_B = loss(logp_BS, kl_BS, r.turn_BS, *paid_and_held)
+    grad_norm = optimizer_step(run, loss_B.mean())
+    kl1, kl2 = ((kl_BS * (r.turn_BS == k)).sum(dim=1).mean().item() for k in (1, 2))
+    log = summary(r, reward_KB, run.task) | dict(kl1=kl1, kl2=kl2, gap=gap, grad_norm=grad_norm)
+    return log | dict(reward=log["acc_t1"] + log["acc_t2"])
 
 
-def imitate(run: Run, parts: list[tuple[Rollout, torch.Tensor]], temperature: float) -> dict:
-    """Take a step that raises the likelihood of the masked tokens, each counting the same."""
-    c, summed = run.config, 0.0
-    tokens = total(sum(int(mask_BS.sum()) for _, mask_BS in parts))
+def sft_step(run: "Run") -> dict:
+    """Raise the likelihood of fresh documents by one step; return what is logged."""
+    c = run.config
+    clean = run.step < c.clean * c.sft_steps  # it learns to check before it gets careless
+    prompts, attempts = run.task.documents(c.sft_batch, run.rng, clean)
+    r = make_rows(prompts, attempts, run.task.instruction, c.device)
+    return sft_update(run, r, r.turn_BS > 0, 1.0)
+
+
+def sft_update(run: "Run", r: Rollout, mask_BS, temperature: float) -> dict:
+    """Raise the likelihood of the masked tokens, each counting the same; return what is logged."""
+    logits_NV = run.policy(r.ids_BT[:, :-1])[mask_BS] / temperature
+    mean = torch.nn.functional.cross_entropy(logits_NV, r.ids_BT[:, 1:][mask_BS])
+    return dict(loss=mean.item(), grad_norm=optimizer_step(run, mean))
+
+
+def optimizer_step(run: "Run", mean: torch.Tensor) -> float:
+    """Take the optimizer's step down the gradient, clipped; return the norm that it had."""
     run.optimizer.zero_grad()
-    passes = [(*part, at) for part in parts for at in slices(len(part[1]), c.micro_batch)]
-    most = largest(len(passes))
-    for r, mask_BS, at in passes:
-        part = r.rows(at)
-        with computing(c):
-            logp_BS = token_logp(run.policy, part, temperature, c.chunk)
-        loss = loss_sft(logp_BS, mask_BS[at, : logp_BS.shape[1]]).sum() / tokens
-        loss.backward()
-        summed += loss.item()
-    empty_passes(most - len(passes), run.policy)
-    return {"loss": total(summed), "grad_norm": descend(run)}
-
-
-def slices(n: int, size: int) -> list[slice]:
-    """Return n rows in slices of a size, the last maybe shorter; 0: all in one."""
-    return [slice(at, at + (size or n)) for at in range(0, n, size or n or 1)]
-
-
-def descend(run: Run) -> float:
-    """Clip the gradient and take the optimiser's step; return the norm that the gradient had."""
-    weights = list(run.policy.parameters())
-    gradients = [weight.grad for weight in weights if weight.grad is not None]
-    norm = whole_tensor(torch.nn.utils.get_total_norm(gradients))
-    if not norm.isfinite():
-        raise Failure(f"the gradient's norm is {norm.item()}")
-    torch.nn.utils.clip_grads_with_norm_(weights, run.config.clip, norm)
+    mean.backward()
+    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), 1.0, error_if_nonfinite=True)
     run.optimizer.step()
     return norm.item()
 
 
-def sample(
-    model: GPT, c: Config, problems, generator, temperature, group=1, offline1_B=None,
-    share=(0, 1), **more,
-) -> Rollout:  # fmt: skip
-    """Sample attempts at each problem, `group` rows each (`more`: attempts, author1, largest)."""
-    format, parts = c.format(), []
-    prompts = [prompt(format, problem) for problem in problems]
-    for at in slices(len(prompts), c.sample_batch // group // share[1]):
-        rows = slice(at.start * group, at.stop * group)
-        with computing(c):
-            part = rollout(
-                model, prompts[at], format.instruction, max_new=c.attempt_limit(),
-                end_id=format.end_id, generator=generator, temperature=temperature,
-                compact=True, group=group, share=share,
-                offline1_B=None if offline1_B is None else offline1_B[rows], **more,
-            )  # fmt: skip
-        parts.append(part)
-    return concatenate(parts)
+# --- settings -------------------------------------------------------------------------------------
 
 
-def check_sampler(policy: GPT, c: Config) -> None:
-    """Hold the sampler's log-probabilities against the trainer's, on a few problems.
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run; the comments are the help of the command line."""
 
-    A toy's in float64, where both agree to rounding whatever the weights; a checkpoint's in
-    float32, without a copy. (The gap of the training samples, in float32 a few 1e-5 at worst where
-    the policy is sharp, is in the log of every step.)
+    # the run
+    task: str = "addition"  # addition, or a module of tasks/: countdown
+    size: int = 7  # of a problem: digits of each operand
+    seed: int = 0  # of weights, problems and samples
+    device: str = "cpu"  # or cuda
+    # the model
+    n_layer: int = 3  # blocks, of four heads each
+    d_model: int = 48  # width
+    d_ff: int = 96  # hidden width of the MLP
+    # the base: supervised training on drafts and revisions
+    sft_steps: int = 1500  # steps
+    sft_batch: int = 128  # documents a step
+    sft_lr: float = 6e-3  # peak learning rate, then linear to 0
+    slip: float = 0.25  # probability of a draft's slip: a carry out of a column that sums to 9
+    slip_hard: float = 0.85  # the same where it is hard: from the third such column in a row on
+    clean: float = 0.68  # share of the steps, the first, with right revisions only
+    right_revisions: float = 0.18  # share of right revisions after that
+    copies: float = 0.77  # share of copied drafts after that; the rest are careless
+    # reinforcement learning
+    stage1_steps: int = 60  # steps of Stage I; 0: without Stage I
+    stage2_steps: int = 40  # steps of Stage II
+    batch: int = 256  # rollouts a step
+    group: int = 4  # rollouts of each problem: the others are a row's baseline
+    lr: float = 7e-4  # learning rate
+    warmup: int = 20  # steps of warm-up, in each stage
+    temperature: float = 1.0  # of the samples and of all log-probabilities
+    alpha: float = 10.0  # weight of the progress bonus in Stage II
+    beta1: float = 0.01  # weight of the KL to the base, both attempts and stages
+    beta2: float = 4.0  # weight of the KL that holds attempt 1 in Stage I
+    # the report
+    eval_n: int = 2000  # held-out problems in the table
 
-    Raises:
-      Failure: they differ by more than 1e-5 nats at some token (float32: 1e-3).
-    """
-    n, limit = (min(8, c.batch // c.group), 1e-3) if c.checkpoint else (64, 1e-5)
-    if not c.checkpoint:
-        policy = copy.deepcopy(policy).double()
-        policy.compiled = False
-    c = replace(c, dtype="float32")
-    problems = draw(c, n, "train", np.random.default_rng(0))
-    generator = torch.Generator(c.device).manual_seed(0)
-    r = sample(policy, c, problems, generator, c.temperature)
-    with torch.no_grad():
-        gap = sampler_gap(score_terms(policy, policy, r, c.temperature, c.kl, c.chunk)[0], r)
-    if not gap <= limit:  # also if it is not a number
-        raise Failure(f"sampler and trainer disagree by {gap:.1e} nats about a token")
-
-
-def sampler_gap(logp_BS, r: Rollout) -> float:
-    """Return the largest difference of trainer and sampler over the policy's own tokens (nats)."""
-    return ((logp_BS - r.logp_BS) * (own_mask1(r) | (r.turn_BS > 1))).abs().max().item()
-
-
-def collect(run: Run, author: GPT, **more) -> tuple[Rollout, list, list[torch.Tensor], float]:
-    """Let `author` attempt fresh problems, `--group` rows each, side by side.
-
-    Return the rollout, its problems, the reward of each attempt, and the share of rows dropped: a
-    problem with a row that got no verdict is left out, whole, so that every group has its baseline.
-    """
-    c = run.config
-    drawn = draw_training(c, c.batch // c.group, run.problem_rng)  # the same in all processes
-    drawn = share(drawn, c.sample_batch // c.group)
-    problems = [problem for problem in drawn for _ in range(c.group)]
-    start = time.monotonic()
-    more |= dict(share=processes(), largest=largest)
-    r = sample(whole(author), c, drawn, run.sampler, c.temperature, c.group, **more)
-    sampled = time.monotonic()
-    rewards = grade(r, problems, c.format(), tally := Counter(), processes()[1])
-    run.clock |= dict(
-        sampling_s=sampled - start, judging_s=time.monotonic() - sampled, episodes=c.batch,
-        tokens=count(r.turn_BS > 0), timeouts=total(tally["timeout"]),
-    )  # fmt: skip
-    keep_B = all_judged(sum(rewards), c.group)
-    judged = [problems[i] for i in keep_B.nonzero()[:, 0].tolist()]
-    return r.rows(keep_B), judged, [x[keep_B] for x in rewards], 1 - total(len(judged)) / c.batch
-
-
-def rl_step(run: Run, phase: Phase) -> dict:
-    """Sample attempts at fresh problems, take one step of a phase; return what is logged.
-
-    The gradient is that of the mean over all rows, whatever the micro-batch.
-    """
-    c, p = run.config, run.progress
-    more = dict(attempts=phase.attempts)
-    if c.offline and phase.objective == "stage2":
-        rows_B = torch.tensor(share(range(c.batch), c.sample_batch), device=c.device)
-        offline1_B = rows_B < round(c.offline * (c.batch // c.group)) * c.group
-        more |= dict(author1=whole(run.base), offline1_B=offline1_B)
-    r, _, rewards, dropped = collect(run, run.policy, **more)
-    B, own = total(len(r.ids_BT)), count(~r.offline1_B)
-    if not own and ("offline1_B" not in more or count(~more["offline1_B"])):
-        raise Failure("no verdict on any problem whose first attempt is the policy's own")
-    anchor = run.previous if phase.objective == "stage1b" else run.base
-
-    run.optimizer.zero_grad()
-    kl, gap = torch.zeros(phase.attempts, dtype=torch.float64), 0.0
-    passes = slices(len(r.ids_BT), c.micro_batch)
-    most = largest(len(passes))
-    for at in passes:
-        part = r.rows(at)
-        with computing(c):
-            logp_BS, *kls = score_terms(run.policy, anchor, part, c.temperature, c.kl, c.chunk)
-        loss_B = loss_of(phase, c, p.beta2, part, logp_BS, kls, [x[at] for x in rewards])
-        (loss_B.sum() / B).backward()
-        gap = max(gap, sampler_gap(logp_BS.detach(), part))
-        kl += torch.stack([kl_B.detach().sum() for kl_B in kls]).cpu()
-    empty_passes(most - len(passes), run.policy, anchor)
-    grad_norm, kl, gap = descend(run), total(kl), largest(gap)
-
-    kl1, kl2, *kl3 = (kl / torch.tensor([max(1, own), *[B] * (len(kl) - 1)])).tolist()
-    log = summary(r, rewards) | dict(
-        kl1=kl1, kl2=kl2, beta2=p.beta2, grad_norm=grad_norm, gap=gap, dropped=dropped
-    )  # fmt: skip
-    if kl3:
-        log |= dict(acc_t3=mean(rewards[2]), kl3=kl3[0])
-    if c.adaptive_beta2 and phase.objective == "stage1":
-        p.beta2 = balanced_beta2(p.beta2, log["acc_t2"], kl1, c.beta2)
-    return log
-
-
-def loss_of(phase: Phase, c: Config, beta2: float, r: Rollout, logp_BS, kls, rewards):
-    """Return [B], the loss that a phase takes of its rows."""
-    mask1_BS, G = own_mask1(r), c.group
-    if phase.objective == "single_turn":
-        return loss_attempt(logp_BS, mask1_BS, kls[0], rewards[0], G, c.beta1)
-    if phase.objective == "stage1":
-        return loss_stage1(logp_BS, r.mask2_BS, *kls, rewards[1], G, c.beta1, beta2)
-    if phase.objective == "stage1b":  # eq. 3 once more, with attempts 1 and 2 held
-        kl12_B = kls[0] + kls[1]
-        return loss_stage1(logp_BS, r.turn_BS == 3, kl12_B, kls[2], rewards[2], G, c.beta1, beta2)
-    loss_B = loss_stage2(
-        logp_BS, mask1_BS, r.mask2_BS, *kls[:2], *rewards[:2], G, phase.alpha, c.beta1,
-        c.gamma, c.leak,
-    )  # fmt: skip
-    if phase.attempts == 3:
-        return3_B = shaped_reward(rewards[1], rewards[2], phase.alpha)
-        loss_B = loss_B + loss_attempt(logp_BS, r.turn_BS == 3, kls[2], return3_B, G, c.beta1)
-    return loss_B
-
-
-def summary(r: Rollout, rewards: list[torch.Tensor]) -> dict:
-    """Return what is logged of sampled attempts; accuracies of the rows whose first attempt is the
-    sampled policy's own, if there are any; entropies in nats a token, estimated by the samples."""
-    own_B = ~r.offline1_B
-    of_B = own_B if count(own_B) else r.offline1_B
-    acc_t1, acc_t2 = (mean(x[of_B]) for x in rewards[:2])
-    changed = [a != b for a, b in zip(written(r, 1), written(r, 2), strict=True)]
-    cut1, cut2 = (mean(cut_B.float()) for cut_B in r.truncated_BK[:, :2].unbind(dim=1))
-    entropy1, entropy2 = (-mean(r.logp_BS[mask_BS]) for mask_BS in (r.mask1_BS, r.mask2_BS))
-    return dict(
-        acc_t1=acc_t1, acc_t2=acc_t2, delta=acc_t2 - acc_t1,
-        changed=total(sum(changed)) / total(len(changed)), truncated1=cut1, truncated2=cut2,
-        entropy1=entropy1, entropy2=entropy2,
+    limits: ClassVar = dict(  # of all others: 0 and 1,000,000,000
+        n_layer=(1, 200), d_model=(8, 2**13), d_ff=(1, 2**15), sft_batch=(1, 2**20), sft_lr=(0, 1),
+        size=(1, 100), slip=(0, 1), slip_hard=(0, 1), clean=(0, 1), right_revisions=(0, 1),
+        copies=(0, 1), group=(2, 2**20), lr=(0, 1), temperature=(0.01, 100), eval_n=(1, 10**6),
     )  # fmt: skip
 
+    def __post_init__(self):
+        for f in fields(self):
+            value, (low, high) = getattr(self, f.name), self.limits.get(f.name, (0, 10**9))
+            if f.type is not str and not low <= value <= high:
+                option = f"--{f.name}".replace("_", "-")
+                raise ValueError(f"{option} must be from {low} to {high}, got {value}")
+        if self.batch < self.group or self.batch % self.group:
+            raise ValueError(f"--batch must be a multiple of --group, {self.group}: {self.batch}")
+        if (shares := self.right_revisions + self.copies) > 1 + 1e-9:
+            raise ValueError(f"--right-revisions plus --copies must be at most 1, got {shares}")
+        if self.device != "cpu" and (self.device != "cuda" or not torch.cuda.is_available()):
+            raise ValueError(f"--device must be cpu, or cuda where there is one: {self.device!r}")
 
-def imitate_step(run: Run, phase: Phase) -> dict:
-    """Take one supervised step on second attempts worth imitating; return what is logged.
 
-    STaR and Pair-SFT, the baselines of arXiv 2409.12917v2, section 4, on the samples of the policy
-    as the phase before left it (the base, or STaR's last iteration): as many samples and updates
-    as a step of reinforcement learning has. Only the second attempt's tokens carry the loss: the
-    first are mistakes, mostly.
+# --- phases ---------------------------------------------------------------------------------------
+
+
+class Phase(NamedTuple):
+    """A part of a run, and the name of the file of its weights. A method is a list of such parts.
+
+    step: takes one step, and returns what is logged. lr: the learning rate after `warmup` steps, in
+    which it rises linearly; from there it stays, or `decays` linearly to 0.
     """
-    c = run.config
-    r, problems, rewards, dropped = collect(run, run.previous)
-    if phase.objective == "star":
-        examples = traces(r, *rewards, phase.plus)
-    else:
-        examples = pairs(r, *rewards, c.group, phase.plus, run.problem_rng)
-    found = total(len(examples))
-    log = summary(r, rewards) | dict(dropped=dropped, examples=found / c.batch)
-    if not found:
-        return log | dict(loss=None, grad_norm=0.0)
-    format, written1 = c.format(), written(r, 1)
-    prompts = [prompt(format, problems[b]) for b, _ in examples]
-    firsts, seconds = [written1[b] for b, _ in examples], [second for _, second in examples]
-    parts = []
-    if examples:  # another process may have some where this one has none
-        rows = lay_out(prompts, [firsts, seconds], format.instruction, c.device)
-        parts.append((rows, rows.mask2_BS))
-    return log | imitate(run, parts, c.temperature)
+
+    name: str
+    steps: int
+    step: Callable[["Run"], dict]
+    lr: float
+    warmup: int
+    decays: bool = False
 
 
-def traces(r: Rollout, reward1_B, reward2_B, plus: bool) -> list[tuple[int, list[int]]]:
-    """Return STaR's examples: rows that went from wrong to right, and their second attempts.
+def schedule(c: Config) -> list[Phase]:
+    """Return the phases of a run; the last is named after what the settings leave of SCoRe."""
+    left = {(1, 1): "score", (1, 0): "no_bonus", (0, 1): "no_stage1", (0, 0): "multi_turn"}
+    last = rl_phase(left[c.stage1_steps > 0, c.alpha > 0], c.stage2_steps, stage2, c)
+    base = Phase("base", c.sft_steps, sft_step, c.sft_lr, 100, decays=True)
+    return [base, *(x for x in (rl_phase("stage1", c.stage1_steps, stage1, c), last) if x.steps)]
 
-    Source: arXiv 2409.12917v2, section 4, D_STaR; with `plus` D+_STaR, also right to right.
+
+def rl_phase(name: str, steps: int, stage: Callable, c: Config) -> Phase:
+    """Return a phase of reinforcement learning that pays and holds as a stage says."""
+    return Phase(name, steps, partial(rl_step, stage=stage), c.lr, c.warmup)
+
+
+# --- a run: training as a generator ---------------------------------------------------------------
+
+ROOT, BLOCK = Path(__file__).parent, 20  # steps between checkpoints, lines of progress, judgements
+
+
+@dataclass
+class Run:
+    """A run in memory: settings, models, optimizer, randomness, and where it is."""
+
+    config: Config
+    task: Task
+    phases: list[Phase]
+    folder: Path
+    policy: GPT
+    base: GPT  # frozen: the reference of all phases after the first
+    optimizer: torch.optim.Optimizer
+    rng: np.random.Generator | None = None  # of this step: draws problems and samples
+    phase: int = 0
+    step: int = 0  # finished steps of this phase
+    rewards: tuple = ()  # of the last steps of this phase
+    best: tuple = (0.0, 0, {})  # of this phase: a block's mean reward, its last step, the weights
+
+
+def new_run(c: Config, folder: Path) -> Run:
+    """Return a run at its first step; nothing is written."""
+    task = find_task(c.task)[0](c)
+    sizes = GPTConfig(task.vocab_size, c.n_layer, 4, 4, c.d_model, c.d_ff, task.max_positions,
+                      rope_theta=100.0, qkv_bias=True)  # fmt: skip
+    policy, base = (GPT(sizes, seed=c.seed).to(c.device) for _ in range(2))
+    return Run(c, task, schedule(c), folder, policy, base.requires_grad_(False), adamw(policy))
+
+
+def adamw(policy: GPT) -> torch.optim.Optimizer:
+    """Return a fresh optimizer, as every phase begins with."""
+    return torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def train(run: Run) -> Iterator[dict]:
+    """Take the steps that are left, phase after phase; yield what is logged of each.
+
+    Whoever iterates may log, save, measure or stop between any two steps: what a step draws depends
+    on no step before. The reference is what the first phase leaves, never what Stage I made of it.
+    The last phase leaves the weights after its best block of steps, by the reward of its training
+    samples (as section 6 of the paper selects).
     """
-    chosen_B = (reward2_B == 1) & ((reward1_B == 0) | plus)
-    seconds = written(r, 2)
-    return [(b, seconds[b]) for b in chosen_B.nonzero()[:, 0].tolist()]
+    for phase in run.phases[run.phase :]:
+        while run.step < phase.steps:
+            for group in run.optimizer.param_groups:
+                group["lr"] = phase.lr * min(1.0, (run.step + 1) / (phase.warmup + 1))
+                group["lr"] *= 1 - run.step / phase.steps if phase.decays else 1.0
+            run.rng = np.random.default_rng((run.config.seed, run.phase, run.step))
+            row = phase.step(run)
+            run.step += 1
+            run.rewards = (*run.rewards[-BLOCK + 1 :], row.get("reward", 0.0))
+            mean = sum(run.rewards) / BLOCK
+            if phase is run.phases[-1] and run.step % BLOCK == 0 and mean > run.best[0]:
+                run.best = mean, run.step, copy.deepcopy(run.policy.state_dict())
+            yield dict(phase=phase.name, step=run.step, **row)
+        weights = run.best[2] or run.policy.state_dict()
+        run.policy.load_state_dict(weights)
+        save(dict(model=weights, step=run.best[1] or run.step), run.folder / f"{phase.name}.pt")
+        if run.phase == 0:
+            run.base.load_state_dict(weights)
+        run.optimizer, run.phase, run.step = adamw(run.policy), run.phase + 1, 0
+        run.rewards, run.best = (), (0.0, 0, {})
 
 
-def pairs(r: Rollout, reward1_B, reward2_B, G: int, plus: bool, rng: np.random.Generator):
-    """Return Pair-SFT's examples: rows whose first attempt is wrong, each with a right answer drawn
-    from all first and second attempts at its problem; none where no attempt was right.
+# --- a run's folder -------------------------------------------------------------------------------
 
-    Source: arXiv 2409.12917v1, section 4, D_SFT; with `plus` D+_SFT, also right first attempts.
-    """
-    firsts, seconds = written(r, 1), written(r, 2)
-    right = [[] for _ in range(0, len(firsts), G)]  # by problem
-    for attempts, reward_B in ((firsts, reward1_B), (seconds, reward2_B)):
-        for b in (reward_B == 1).nonzero()[:, 0].tolist():
-            right[b // G].append(attempts[b])
-    rows = range(len(firsts)) if plus else (reward1_B == 0).nonzero()[:, 0].tolist()
-    answers = [(b, right[b // G]) for b in rows]
-    return [(b, found[rng.integers(len(found))]) for b, found in answers if found]
+PLACE, PARTS = ("phase", "step", "rewards", "best"), ("policy", "base", "optimizer")
 
 
-def all_judged(reward_B, G: int):
-    """Return [B] booleans: does the row's problem have a verdict (a number) in all its rows?
-
-    Raises:
-      Failure: no problem has, so that there is nothing to learn from.
-
-    >>> all_judged(torch.tensor([1., 0., float("nan"), 1.]), 2)
-    tensor([ True,  True, False, False])
-    """
-    keep_B = reward_B.isfinite().view(-1, G).all(dim=1).repeat_interleave(G)
-    if not count(keep_B):
-        raise Failure("no verdict on any problem of the batch: the verifier has failed")
-    return keep_B
+def checkpoint(run: Run) -> None:
+    """Write all that the next step depends on."""
+    state = {name: getattr(run, name).state_dict() for name in PARTS}
+    save(state | {name: getattr(run, name) for name in PLACE}, run.folder / "checkpoint.pt")
 
 
-def balanced_beta2(beta2: float, reward2: float, kl1: float, start: float) -> float:
-    """Return the next step's beta2, a part of the way to r2 / KL1, where beta2 KL1 = r2.
-
-    Source: arXiv 2409.12917v2 mentions, and no more, a beta2 that adapts so as to balance the first
-    attempt's KL and the second attempt's objective. The geometric smoothing (a tenth of the way a
-    step) and the bounds (a tenth to ten times the start) are ours. The balance need not be stable:
-    where KL1 falls faster than 1 / beta2, a larger beta2 asks for a still larger one, to the bound.
-
-    >>> balanced_beta2(0.1, 0.5, 5.0, 0.1), round(balanced_beta2(0.1, 0.5, 0.0, 0.1), 3)
-    (0.1, 0.126)
-    """
-    target = min(max(reward2 / max(kl1, 1e-9), start / 10), start * 10)
-    return beta2**0.9 * target**0.1
+def create(c: Config, folder: Path) -> Path:
+    """Make the folder of a new run, which must not exist, and return it."""
+    if folder.exists():
+        raise ValueError(f"{folder} exists and is left alone: --resume it, or name another --run")
+    sys.modules[type(c).__module__].new_run(c, folder)  # what cannot start leaves no folder
+    folder.mkdir(parents=True)
+    about = dict(module=type(c).__module__, threads=torch.get_num_threads(), config=asdict(c))
+    (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
+    return folder
 
 
-# --- the training loop ----------------------------------------------------------------------------
-
-
-def train(run: Run, stop: threading.Event) -> bool:
-    """Train phase after phase from wherever the run stands; return False if stopped on the way.
-
-    Each phase ends with its weights in `<phase>.pt`. The frozen base is the same for every phase
-    after the first: it is never replaced by what Stage I made of it.
-    """
-    path = run.folder / "log.jsonl"
-    if path.stat().st_size < run.progress.log_bytes:
-        raise ValueError(f"{path} is shorter than the checkpoint says")
-    with open(path if processes()[0] == 0 else os.devnull, "r+b") as log:
-        first(log.truncate, run.progress.log_bytes)  # what was logged after the last checkpoint
-        log.seek(run.progress.log_bytes)
-        open_board(run)
-        for phase in schedule(run.config)[run.progress.phase :]:
-            if not train_phase(run, phase, log, stop):
-                break
-        if run.board is not None:
-            run.board.close()
-    return run.progress.phase == len(schedule(run.config))
-
-
-def train_phase(run: Run, phase: Phase, log: BinaryIO, stop: threading.Event) -> bool:
-    """Take the steps of a phase that are left; log, show and save. Return False if stopped."""
-    p, c = run.progress, run.config
-    clock, shown = time.monotonic() - p.seconds, (p.step, p.seconds)
-    if phase.objective != "sft":
-        check_sampler(whole(run.policy), c)
-    while p.step < phase.steps and not enough(run, phase):
-        for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(c, phase, p.step)
-        started = time.monotonic()
-        row = step(run, phase)
-        p.step += 1
-        note_speed(run, phase, row, time.monotonic() - started)
-        if phase.objective not in SUPERVISED:
-            judge_block(run, phase, row)
-        line = json.dumps({"phase": phase.name, "step": p.step, **row}) + "\n"
-        log.write(line.encode())
-        log.flush()
-        p.log_bytes += len(line)
-        p.seconds = time.monotonic() - clock
-        if p.step % BLOCK == 0 or p.step == phase.steps or p.seconds - shown[1] > QUIET:
-            pace = (p.seconds - shown[1]) / (p.step - shown[0])
-            shown = p.step, p.seconds
-            show_progress(run, phase, row, pace)
-        stopping = total(int(stop.is_set()))  # asked once: a signal may come at any moment
-        if stopping or p.step % c.save_every == 0:
-            first(os.fsync, log.fileno())  # the log is never shorter than a checkpoint says
-            save_checkpoint(run)
-        if stopping:
-            return False
-    finish_phase(run, phase)
-    first(os.fsync, log.fileno())
-    save_checkpoint(run)
-    return True
-
-
-def step(run: Run, phase: Phase) -> dict:
-    """Take one step of a phase; return what is logged."""
-    if phase.objective == "sft":
-        return sft_step(run)
-    if phase.objective in SUPERVISED:
-        return imitate_step(run, phase)
-    return rl_step(run, phase)
-
-
-def learning_rate(c: Config, phase: Phase, step: int) -> float:
-    """Return the rate of a step (counted from 0): a linear warm-up in a phase that continues no
-    other; then it falls to 0 while the base is trained, and is constant in the stages."""
-    if phase.objective == "sft":
-        return c.sft_lr * min(1.0, (step + 1) / (c.sft_warmup + 1)) * (1 - step / phase.steps)
-    return c.lr if phase.continues else c.lr * min(1.0, (step + 1) / (c.warmup + 1))
-
-
-def judge_block(run: Run, phase: Phase, row: dict) -> None:
-    """After each block of steps, remember its delta and, in the last phase, the best weights.
-
-    Best by reward on training samples, of all attempts; only whole blocks are judged.
-    Source: arXiv 2409.12917v2, section 6, selects checkpoints by training reward.
-    """
-    p = run.progress
-    reward = row["acc_t1"] + row.get("acc_t3", 0.0)
-    if phase.objective != "single_turn":  # its training reward is attempt 1's
-        reward += row["acc_t2"]
-    p.block.append((reward, row["delta"]))
-    if len(p.block) < BLOCK:
-        return
-    reward, delta = (sum(values) / BLOCK for values in zip(*p.block, strict=True))
-    p.block = []
-    if p.first_delta is None:
-        p.first_delta = delta
-    p.last_delta = delta
-    if phase.name == run.config.method and (p.best_reward is None or reward > p.best_reward):
-        p.best_reward, p.best_step = reward, p.step
-        run.best = {name: x.detach().cpu().clone() for name, x in run.policy.state_dict().items()}
-
-
-def enough(run: Run, phase: Phase) -> bool:
-    """Return whether Stage I may end early: a block's delta has risen by --stage1-gain."""
-    p, gain = run.progress, run.config.stage1_gain
-    if phase.objective != "stage1" or not gain or p.first_delta is None:
-        return False
-    return p.last_delta - p.first_delta >= gain
-
-
-def finish_phase(run: Run, phase: Phase) -> None:
-    """Write the phase's weights, and prepare the next phase."""
-    p, c = run.progress, run.config
-    step = p.step
-    if c.select == "best" and run.best is not None:
-        run.policy.load_state_dict(run.best)
-        step = p.best_step
-        print(f"{phase.name:>10} keeps the weights of step {step}: highest reward in training")
-    about = dict(steps=p.step, selected_step=step, seconds=p.seconds)
-    about["problem_rng"] = json.dumps(run.problem_rng.bit_generator.state)  # for --base
-    save_weights(run.policy, about, run.folder / f"{phase.name}.pt")
-    if phase.objective == "sft":
-        run.base = frozen(run.policy, c)
-    later = schedule(c)[p.phase + 1 :]
-    run.previous = frozen(run.policy, c) if later and needs_previous(later[0]) else None
-    if not (later and later[0].continues):
-        run.optimizer = new_optimizer(run.policy)
-    run.best = None
-    run.progress = Progress(phase=p.phase + 1, beta2=p.beta2, log_bytes=p.log_bytes)
-
-
-def note_speed(run: Run, phase: Phase, log: dict, seconds: float) -> None:
-    """Add a line to speed.jsonl: what a step took. It is kept apart from log.jsonl, which is the
-    same whenever the run is, and is not cut back when a run goes on from a checkpoint. TensorBoard,
-    if asked for, is shown both."""
-    row = dict(phase=phase.name, step=run.progress.step, seconds=seconds) | run.clock
-    if "tokens" in row:
-        row |= dict(
-            sampled_tokens_per_s=row["tokens"] / row["sampling_s"],
-            episodes_per_s=row["episodes"] / seconds,
-        )
-    if run.policy.embed.weight.is_cuda:
-        row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
-    else:
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    run.clock = {}
-    with open(run.folder / "speed.jsonl" if processes()[0] == 0 else os.devnull, "a") as file:
-        file.write(json.dumps(row) + "\n")
-    if run.board is not None:
-        for name, x in (log | row).items():
-            if isinstance(x, (int, float)):
-                run.board.add_scalar(name, x, steps_before(run) + run.progress.step)
-
-
-QUIET = 60.0  # seconds after which a line is printed, if it is not time for one anyway
-RL_COST = 4.0  # seconds of a reinforcement step for one of a supervised step, before it is measured
-
-
-def show_progress(run: Run, phase: Phase, row: dict, pace: float) -> None:
-    """Print one line: where the run is, how well its samples do, the time left at this pace (s)."""
-    p, c = run.progress, run.config
-
-    def cost(phase):
-        return 1.0 if phase.objective == "sft" else RL_COST
-
-    left = (phase.steps - p.step) * cost(phase)
-    left += sum(later.steps * cost(later) for later in schedule(c)[p.phase + 1 :])
-    left *= pace / cost(phase)
-    line = f"{phase.name:>10} {p.step:>5}/{phase.steps}  "
-    if phase.objective == "sft":
-        kind = "right revisions" if p.step <= c.clean * c.sft_steps else "mixed revisions"
-        kind = "worked answers" if c.task in DATA else kind
-        line += f"loss {row['loss']:.4f} on {kind:<44}"
-    elif phase.objective in SUPERVISED:
-        line += (
-            f"author's t1 {100 * row['acc_t1']:5.1f} %  t2 {100 * row['acc_t2']:5.1f} %  "
-            f"imitated {100 * row['examples']:5.1f} %" + 20 * " "
-        )
-    else:
-        line += (
-            f"samples t1 {100 * row['acc_t1']:5.1f} %  t2 {100 * row['acc_t2']:5.1f} %  "
-            f"delta {100 * row['delta']:+6.1f}  KL1 {row['kl1']:.3f}  KL2 {row['kl2']:.3f}"
-        )
-    hours = f"{left // 3600:.0f}h" if left >= 3600 else ""
-    print(f"{line}  {hours}{left % 3600 // 60:3.0f}m{left % 60:02.0f}s left", flush=True)
+def open_run(folder: Path) -> Run:
+    """Return the run in a folder as its last checkpoint left it, on as many threads, as sums depend
+    on them. The module that made a run, which may be a room's, opens it."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a run: it has no config.json")
+    try:
+        about = json.loads(path.read_text())
+        if not (ROOT / about["module"].replace(".", "/")).with_suffix(".py").is_file():
+            raise ValueError(f"there is no module {about['module']}")
+        module = importlib.import_module(about["module"])
+        c = module.Config(**about["config"])
+        torch.set_num_threads(about["threads"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable configuration: {error}") from None
+    run = module.new_run(c, folder)
+    if (folder / "checkpoint.pt").exists():
+        state = load(folder / "checkpoint.pt")
+        for name in PLACE:
+            setattr(run, name, state[name])
+        for name in PARTS:
+            getattr(run, name).load_state_dict(state[name])
+    return run
 
 
 # --- command line ---------------------------------------------------------------------------------
 
 
-def main(argv: list[str]) -> int:
-    """Train, evaluate, report. Return the exit status."""
-    stop = threading.Event()
+def parse(argv: list[str], settings: type):
+    """Return a run's folder and its settings, or None of a run to go on with. --help shows defaults
+    and comments as they stand in the source of the settings."""
+    source = "".join(inspect.getsource(x) for x in reversed(settings.__mro__[:-1]))
+    rows = re.findall(r"^    (?:(\w+): \w+ = (\S+)  )?# (.+)$", source, re.M)
+    about = [f"  --{name} {default}".replace("_", "-").ljust(28) + text if name else f"\n{text}:"
+             for name, default, text in rows]  # fmt: skip
+    parser = argparse.ArgumentParser(
+        usage="python score.py [--run NEW | --resume RUN] [--OPTION VALUE ..]",
+        epilog="\n".join(about), formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, argument_default=argparse.SUPPRESS)  # fmt: skip
+    parser.add_argument("--run", type=Path, help="folder to create, by default named in runs/")
+    parser.add_argument("--resume", type=Path, help="go on with this run, and no other option")
+    for f in fields(settings):
+        option = f"--{f.name}".replace("_", "-")
+        parser.add_argument(option, type=f.type, help=argparse.SUPPRESS)
+    given = vars(parser.parse_args(argv))
+    if "resume" in given:
+        if len(given) > 1:
+            raise ValueError("--resume takes all settings from the run: give no other option")
+        return given["resume"], None
+    folder, defaults = given.pop("run", None), find_task(given.get("task", settings.task))[1]
+    c = settings(**defaults | given)
+    name = "-".join(f"{key}{given[key]}" for key in given if key != "seed").replace("/", "_")
+    return folder or Path("runs") / f"score{name and '-' + name}-seed{c.seed}", c
 
-    def interrupt(number, _):
-        stop.set()
-        if processes()[1] == 1:  # torchrun sends every process a second signal itself
-            signal.signal(number, signal.SIG_DFL)
-            os.write(2, b"\nstopping after this step; the next Ctrl-C leaves at once\n")
 
-    with together() as process:
-        try:
-            config, folder, base = parse(argv)
-            run = restore(folder) if config is None else create(config, folder, base)
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, interrupt)
-            parameters = sum(weight.numel() for weight in run.policy.parameters())
-            print(f"{folder}: {parameters:,} parameters, {run.config.device}", flush=True)
-            if run.config.compile:
-                print("torch.compile makes the first steps of a phase take up to a minute")
-            if not train(run, stop):
-                print(f"stopped and saved; continue with: python score.py --resume {folder}")
-                return 130
-        except (ValueError, OSError, Failure) as error:
-            complain(f"score.py: error: {error}")
-            return 2
-    if process > 0:
-        os._exit(0)  # at the interpreter's own end, torch's threads abort a process now and then
-    del run  # the evaluation needs the memory
-    torch.cuda.empty_cache()
-    evaluator = Path(__file__).with_name("eval.py")
-    return subprocess.run([sys.executable, evaluator, folder.resolve()]).returncode
+def drive(run: Run) -> None:
+    """Train to the end; log, save and show where the run is. (Accuracies are of samples.)"""
+    done, start = sum(x.steps for x in run.phases[: run.phase]) + run.step, time.monotonic()
+    total = sum(x.steps for x in run.phases)
+    with open(run.folder / "log.jsonl", "a+") as log:
+        log.seek(0)
+        log.truncate(sum(map(len, log.readlines()[:done])))  # the rest comes again
+        for n, row in enumerate(train(run), start=done + 1):
+            print(json.dumps(row), file=log, flush=True)
+            if row["step"] % BLOCK == 0:
+                checkpoint(run)
+                names = ("loss", "acc_t1", "acc_t2", "changed", "kl1", "kl2")
+                shown = "  ".join(f"{key} {row[key]:.3f}" for key in names if key in row)
+                print(f"{row['phase']:>10} {row['step']:>5}  {shown:<70} {n / total:4.0%}"
+                      f"{time.monotonic() - start:5.0f} s", flush=True)  # fmt: skip
+    checkpoint(run)
+
+
+def main(argv: list[str], settings: type = Config) -> int:
+    """Train, then evaluate; return the exit status. settings: a class, with `new_run` beside it."""
+    try:
+        folder, c = parse(argv, settings)
+        drive(open_run(folder if c is None else create(c, folder)))
+    except KeyboardInterrupt:
+        print(f"\nstopped; go on with: python score.py --resume {folder}")
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"score.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    return subprocess.run([sys.executable, ROOT / "eval.py", folder]).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(importlib.import_module("score").main(sys.argv[1:]))  # one Config, whoever opens a run
