@@ -312,8 +312,7 @@ def train(run: Run) -> Iterator[dict]:
 
     Whoever iterates may log, save, measure or stop between any two steps: what a step draws depends
     on no step before. The reference is what the first phase leaves, never what Stage I made of it.
-    The last phase leaves the weights after its best block of steps, by the reward of its training
-    samples (as section 6 of the paper selects).
+    The last phase ends with the weights of its best block of steps, by training reward (section 6).
     """
     for phase in run.phases[run.phase :]:
         while run.step < phase.steps:
@@ -327,12 +326,11 @@ def train(run: Run) -> Iterator[dict]:
             mean = sum(run.rewards) / BLOCK
             if phase is run.phases[-1] and run.step % BLOCK == 0 and mean > run.best[0]:
                 run.best = mean, run.step, copy.deepcopy(run.policy.state_dict())
+            if run.step == phase.steps and run.best[1]:
+                run.policy.load_state_dict(run.best[2])
             yield dict(phase=phase.name, step=run.step, **row)
-        weights = run.best[2] or run.policy.state_dict()
-        run.policy.load_state_dict(weights)
-        save(dict(model=weights, step=run.best[1] or run.step), run.folder / f"{phase.name}.pt")
         if run.phase == 0:
-            run.base.load_state_dict(weights)
+            run.base.load_state_dict(run.policy.state_dict())
         run.optimizer, run.phase, run.step = adamw(run.policy), run.phase + 1, 0
         run.rewards, run.best = (), (0.0, 0, {})
 
@@ -342,10 +340,10 @@ def train(run: Run) -> Iterator[dict]:
 PLACE, PARTS = ("phase", "step", "rewards", "best"), ("policy", "base", "optimizer")
 
 
-def checkpoint(run: Run) -> None:
-    """Write all that the next step depends on."""
+def state_of(run: Run) -> dict:
+    """Return all that the next step depends on."""
     state = {name: getattr(run, name).state_dict() for name in PARTS}
-    save(state | {name: getattr(run, name) for name in PLACE}, run.folder / "checkpoint.pt")
+    return state | {name: getattr(run, name) for name in PLACE}
 
 
 def create(c: Config, folder: Path) -> Path:
@@ -372,15 +370,15 @@ def open_run(folder: Path) -> Run:
         module = importlib.import_module(about["module"])
         c = module.Config(**about["config"])
         torch.set_num_threads(about["threads"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable configuration: {error}") from None
-    run = module.new_run(c, folder)
-    if (folder / "checkpoint.pt").exists():
-        state = load(folder / "checkpoint.pt")
-        for name in PLACE:
-            setattr(run, name, state[name])
-        for name in PARTS:
-            getattr(run, name).load_state_dict(state[name])
+        run = module.new_run(c, folder)
+        if (folder / "checkpoint.pt").exists():
+            state = load(folder / "checkpoint.pt")
+            for name in PLACE:
+                setattr(run, name, state[name])
+            for name in PARTS:
+                getattr(run, name).load_state_dict(state[name])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{folder} is not a readable run: {error}") from None
     return run
 
 
@@ -388,8 +386,7 @@ def open_run(folder: Path) -> Run:
 
 
 def parse(argv: list[str], settings: type):
-    """Return a run's folder and its settings, or None of a run to go on with. --help shows defaults
-    and comments as they stand in the source of the settings."""
+    """Return a run's folder, and its settings if it is new; --help is made of their source."""
     source = "".join(inspect.getsource(x) for x in reversed(settings.__mro__[:-1]))
     rows = re.findall(r"^    (?:(\w+): \w+ = (\S+)  )?# (.+)$", source, re.M)
     about = [f"  --{name} {default}".replace("_", "-").ljust(28) + text if name else f"\n{text}:"
@@ -423,13 +420,16 @@ def drive(run: Run) -> None:
         log.truncate(sum(map(len, log.readlines()[:done])))  # the rest comes again
         for n, row in enumerate(train(run), start=done + 1):
             print(json.dumps(row), file=log, flush=True)
-            if row["step"] % BLOCK == 0:
-                checkpoint(run)
+            if ended := run.step == run.phases[run.phase].steps:
+                about = dict(model=run.policy.state_dict(), step=run.best[1] or run.step)
+                save(about, run.folder / f"{row['phase']}.pt")
+            if ended or run.step % BLOCK == 0:
+                save(state_of(run), run.folder / "checkpoint.pt")
                 names = ("loss", "acc_t1", "acc_t2", "changed", "kl1", "kl2")
                 shown = "  ".join(f"{key} {row[key]:.3f}" for key in names if key in row)
                 print(f"{row['phase']:>10} {row['step']:>5}  {shown:<70} {n / total:4.0%}"
                       f"{time.monotonic() - start:5.0f} s", flush=True)  # fmt: skip
-    checkpoint(run)
+    save(state_of(run), run.folder / "checkpoint.pt")
 
 
 def main(argv: list[str], settings: type = Config) -> int:

@@ -6,5 +6,3 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("project", derandomize=True, deadline=None)
 settings.load_profile("project")
-
-collect_ignore_glob = ["port_*.py"]  # they have no doctests, and need libraries that may be absent

@@ -1,189 +1,269 @@
-"""The metrics count problems; their intervals cover; edit distances are shortest paths."""
+"""The metrics count problems, their intervals cover, and a report comes again from the weights."""
 
-import functools
+import itertools
 import json
+import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from test_score import train
+import torch
 
 import eval as evaluation
-import run as runs
+import score
 import verify
+from tests.test_rollout import TOY, said
+from tests.test_score import TINY
 
-pairs = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40)
-
-
-@given(pairs)
-def test_metrics_are_counts_over_all_problems(rights):
-    m = evaluation.metrics(*(np.array(x) for x in zip(*rights, strict=True)))
-    n = len(rights)
-    count = {(a, b): sum(pair == (a, b) for pair in rights) for a in (0, 1) for b in (0, 1)}
-    assert m["n"] == n
-    assert round(m["acc_t1"] * n) == count[1, 0] + count[1, 1]
-    assert round(m["acc_t2"] * n) == count[0, 1] + count[1, 1]
-    assert round(m["delta_i_to_c"] * n) == count[0, 1]
-    assert round(m["delta_c_to_i"] * n) == count[1, 0]
-    assert m["delta"] == pytest.approx(m["acc_t2"] - m["acc_t1"])
-    assert m["delta"] == pytest.approx(m["delta_i_to_c"] - m["delta_c_to_i"])
-    wrong, right = count[0, 0] + count[0, 1], count[1, 0] + count[1, 1]
-    assert m["repair_rate"] == (pytest.approx(count[0, 1] / wrong) if wrong else None)
-    assert m["spoil_rate"] == (pytest.approx(count[1, 0] / right) if right else None)
-    for name in ("acc_t1", "acc_t2", "delta", "delta_i_to_c", "delta_c_to_i"):
-        low, high = m[name + "_interval"]
-        assert low - 1e-9 <= m[name] <= high + 1e-9
-    json.dumps(m)
+# --- intervals ------------------------------------------------------------------------------------
 
 
-@given(st.integers(1, 300), st.data())
-def test_wilson_ends_where_the_score_test_rejects(n, data):
+def test_wilson_ends_where_the_score_test_rejects():
     """Each end p satisfies |k/n - p| = 1.96 sqrt(p (1 - p) / n), or is 0 or 1."""
-    k = data.draw(st.integers(0, n))
-    for p in evaluation.wilson(k, n):
-        if 1e-12 < p < 1 - 1e-12:
-            assert abs(k / n - p) == pytest.approx(1.959964 * (p * (1 - p) / n) ** 0.5, abs=1e-6)
-    low, high = evaluation.wilson(k, n)
-    assert 0 <= low <= k / n <= high <= 1
-
-
-def test_intervals_of_no_trials_and_of_certain_ones():
-    assert evaluation.wilson(0, 0) == [0.0, 1.0]
-    assert evaluation.wilson(0, 10)[0] == 0 and evaluation.wilson(10, 10)[1] == 1
-    assert evaluation.paired_bootstrap(0, 0, 50) == [0.0, 0.0]
+    for n in (1, 2, 7, 300):
+        for k in range(n + 1):
+            low, high = evaluation.wilson(k, n)
+            assert 0 <= low <= k / n <= high <= 1
+            assert (low == 0) == (k == 0) and (high == 1) == (k == n)
+            for p in {low, high} - {0, 1}:
+                assert abs(k / n - p) == pytest.approx(1.959964 * (p * (1 - p) / n) ** 0.5)
+    assert evaluation.wilson(0, 0) == [0, 1]
 
 
 def test_the_bootstrap_agrees_with_resampling_problems_one_by_one():
     gained, lost, n = 30, 12, 200
     rng = np.random.default_rng(1)
     change = np.array([1] * gained + [-1] * lost + [0] * (n - gained - lost))
-    means = [rng.choice(change, n).mean() for _ in range(4000)]
+    means = rng.choice(change, (4000, n)).mean(axis=1)
     assert evaluation.paired_bootstrap(gained, lost, n) == pytest.approx(
         np.percentile(means, [2.5, 97.5]), abs=0.01
     )
+    assert evaluation.paired_bootstrap(0, 0, 50) == [0.0, 0.0]
 
 
-@given(st.text("ab0", max_size=7), st.text("ab0", max_size=7))
-def test_edit_distance_is_the_recursive_definition(a, b):
-    @functools.cache
-    def d(i, j):
-        if i == 0 or j == 0:
-            return i + j
-        return min(d(i - 1, j) + 1, d(i, j - 1) + 1, d(i - 1, j - 1) + (a[i - 1] != b[j - 1]))
-
-    assert evaluation.edit_distance(a, b) == d(len(a), len(b)) == evaluation.edit_distance(b, a)
-    assert 0 <= evaluation.edit_ratio(a, b) <= 1
-    assert (evaluation.edit_ratio(a, b) == 0) == (a == b)
+# --- metrics --------------------------------------------------------------------------------------
 
 
-def test_a_run_is_reported_and_evaluated_again_to_the_same_report(tmp_path, capsys):
-    folder = tmp_path / "run"
-    train(folder, eval_n=40)
-    assert evaluation.main([str(folder)]) == 0
-    printed = capsys.readouterr().out
-    report = json.loads((folder / "report.json").read_text())
-    assert list(report["phases"]) == ["base", "stage1", "score"]
-    for name, m in report["phases"].items():
-        assert m["n"] == 40 and m["seed"] == 0 and m["seconds"] > 0
-        assert {"acc_t1", "acc_t2", "delta", "delta_i_to_c", "delta_c_to_i"} <= set(m)
-        title = f"| {evaluation.TITLES[name]}"
-        cells = next(line for line in printed.splitlines() if line.startswith(title))
-        assert f" {100 * m['acc_t2']:.1f} [" in cells
-    assert report["split"] == "test" and report["seconds"] > 0
-    (folder / "report.json").unlink()
-    assert evaluation.main([str(folder)]) == 0
-    assert json.loads((folder / "report.json").read_text()) == report
-    assert evaluation.main([str(folder), "--split", "dev", "--n", "20"]) == 0
-    assert json.loads((folder / "report.json").read_text()) == report
-    assert json.loads((folder / "report-dev-20.json").read_text())["n"] == 20
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_metrics_are_counts_over_all_problems(n):
+    """All ways in which n problems can go."""
+    for pairs in itertools.combinations_with_replacement(itertools.product((0, 1), repeat=2), n):
+        m = evaluation.metrics(*(np.array(x) == 1 for x in zip(*pairs, strict=True)))
+        kept, gained, lost = (pairs.count(kind) for kind in ((1, 1), (0, 1), (1, 0)))
+        counts = dict(
+            acc_t1=(kept + lost, n), acc_t2=(kept + gained, n),
+            delta_i_to_c=(gained, n), delta_c_to_i=(lost, n),
+            repair_rate=(gained, n - kept - lost), spoil_rate=(lost, kept + lost),
+        )  # fmt: skip
+        for name, (k, of) in counts.items():
+            assert m[name] == (pytest.approx(k / of) if of else None), name
+            assert m[name + "_interval"] == evaluation.wilson(k, of)
+        assert m["n"] == n and m["delta"] == (gained - lost) / n
+        assert m["delta_interval"] == evaluation.paired_bootstrap(gained, lost, n)
+        json.dumps(m)
 
 
-def test_the_global_generator_and_the_order_of_calls_do_not_matter(tmp_path):
-    import torch
+def answered(monkeypatch, *attempts, at_once=2, cut=(), temperature=0.3):
+    """Return the evaluation of so many problems `1+1=` that were answered so, and the noise. The
+    last problem's gold answer cannot be read."""
+    n, seen = len(attempts[0]), []
 
-    train(tmp_path / "run")
-    torch.manual_seed(1)
-    first = evaluation.report(tmp_path / "run", "test", 30)
-    torch.manual_seed(2)
-    evaluation.report(tmp_path / "run", "dev", 7)
-    assert evaluation.report(tmp_path / "run", "test", 30) == first
+    def given(model, task, prompts, noise_KBN, temperature):
+        at = sum(x.shape[1] for x, _ in seen)
+        seen.append((noise_KBN, temperature))
+        r = said(*(column[at : at + len(prompts)] for column in attempts))
+        assert prompts == [TOY.encode("1+1=")] * len(prompts)
+        for turn, b in cut:
+            if 0 <= b - at < len(prompts):
+                r.attempts[turn - 1][b - at].pop()
+        return r
+
+    monkeypatch.setattr(evaluation, "rollout", given)
+    problems = [verify.Problem("1+1=", "2")] * (n - 1) + [verify.Problem("1+1=", "two")]
+    model = SimpleNamespace(cos=torch.zeros(1))
+    m = evaluation.evaluate(model, TOY, problems, temperature, at_once)
+    assert {temperature for _, temperature in seen} == {0.3}
+    return m, torch.cat([noise for noise, _ in seen], dim=1)
 
 
-def phases(repair, changed, cut=0.0, n=2000):
-    more = {"truncated_t1": cut, "n": n}
-    base = {"sampled": {"repair_rate": repair}, "changed_if_wrong": 0.5} | more
-    return {"base": base, "score": {"changed_if_wrong": changed} | more}
+def test_behaviour_is_measured_on_what_was_said(monkeypatch):
+    """By hand: kept, repaired, spoiled, changed in vain, copied wrong, cut at its first attempt and
+    so not right, and one without a verdict, which is counted and left out of what is right."""
+    firsts, seconds = ["2", "3", "02", "4", "5", "2", "2"], ["2", "2", "9", "77", "5", "2", "3"]
+    m, noise = answered(monkeypatch, firsts, seconds, cut=[(1, 5), (2, 3), (2, 4)])
+    assert (m["n"], m["unjudged"]) == (6, 1)
+    for name, k in dict(acc_t1=2, acc_t2=3, delta_i_to_c=2, delta_c_to_i=1, delta=1).items():
+        assert m[name] == pytest.approx(k / 6), name
+    assert (m["repair_rate"], m["spoil_rate"]) == (pytest.approx(2 / 4), pytest.approx(1 / 2))
+    assert m["changed"] == pytest.approx(4 / 7)
+    assert m["changed_if_wrong"] == pytest.approx(2 / 4)
+    assert (m["truncated_t1"], m["truncated_t2"]) == (pytest.approx(1 / 7), pytest.approx(2 / 7))
+    problem, pair, rewards = m["rows"][2]
+    assert (problem.gold, pair, rewards) == ("2", ("02", "9"), [1.0, 0.0])
+    again, whole = answered(monkeypatch, firsts, seconds, at_once=99)
+    assert torch.equal(noise, whole) and noise.dtype == torch.float64
+    assert noise.shape == (2, 7, TOY.max_new) and 0 <= noise.min() < noise.max() < 1
+    assert len(again["rows"]) == 7
+
+
+def test_where_no_first_attempt_is_wrong_there_is_no_share_of_changed_ones(monkeypatch):
+    m, _ = answered(monkeypatch, ["2", "2"], ["3", "2"])
+    assert m["changed_if_wrong"] is None and m["changed"] == 0.5 and m["repair_rate"] is None
+    with pytest.raises(ValueError, match="nothing to measure"):
+        answered(monkeypatch, ["2"], ["2"])
+
+
+def phases(changed, cut=0.0, n=2000):
+    about = {"truncated_t1": cut, "n": n}
+    return {
+        "base": about | {"changed_if_wrong": 0.5},
+        "score": about | {"changed_if_wrong": changed},
+    }
 
 
 @pytest.mark.parametrize(
-    ("repair", "changed", "words"),
+    ("given", "words"),
     [
-        (0.10, 0.50, []), (0.039, 0.50, ["repairs 3.9 %"]), (0.10, 0.049, ["Collapsed"]),
-        (0.0, 0.0, ["repairs 0.0 %", "Collapsed"]), (None, None, []),
+        (phases(0.5), []), (phases(0.049), ["Collapsed: .* only 4.9% "]), (phases(0.05), []),
+        (phases(0.0, cut=0.11), ["11% of the first attempts were cut", "Collapsed"]),
+        (phases(None, cut=0.1), []), (phases(0.0, n=49), ["49 problems are too few"]),
+        ({"base": phases(0.0)["score"]}, []),
     ],
 )  # fmt: skip
-def test_diagnosis(repair, changed, words):
-    notes = evaluation.diagnose(phases(repair, changed))
+def test_a_run_that_is_not_worth_reading_is_said_to_be_so(given, words):
+    """A base that copies has not collapsed: it was not trained to do better."""
+    notes = evaluation.diagnose(given)
     assert len(notes) == len(words)
-    assert all(word in note for word, note in zip(words, notes, strict=True))
+    for note, word in zip(notes, words, strict=True):
+        assert re.match(word, note)
 
 
-def test_cut_attempts_and_few_problems_are_said_first():
-    notes = evaluation.diagnose(phases(0.1, 0.049, cut=0.11))
-    assert "11 % were cut" in notes[0] and "Collapsed" in notes[1]
-    assert evaluation.diagnose(phases(0.1, 0.5, cut=0.1)) == []
-    few = evaluation.diagnose(phases(0.0, 0.0, n=49))
-    assert len(few) == 1 and "49 problems are too few" in few[0]
+# --- the report -----------------------------------------------------------------------------------
 
 
-def test_transcripts_show_one_of_each_kind():
-    problems = [verify.Problem(f"{i}+0=", str(i)) for i in range(4)]
-    said = [("9", "9", False, False), ("1", "1", True, True), ("9", "2", False, True),
-            ("3", "9", True, False)]  # fmt: skip
-    found = evaluation.transcripts([(p, *row) for p, row in zip(problems, said, strict=True)])
-    assert [(t["kind"], t["prompt"]) for t in found] == [
-        ("repaired", "2+0="), ("kept", "1+0="), ("failed", "0+0=")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return the folder of a finished run. Its policies still answer at random."""
+    folder = tmp_path_factory.mktemp("eval") / "run"
+    score.drive(score.open_run(score.create(replace(TINY, eval_n=40), folder)))
+    return folder
+
+
+def copied(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def test_a_report_is_of_greedy_and_sampled_answers_and_comes_again(trained, tmp_path, capsys):
+    """Also beside the evaluation of another split, which has a file of its own."""
+    folder = copied(trained, tmp_path)
+    assert evaluation.main([str(folder)]) == 0
+    printed = capsys.readouterr().out
+    text = (folder / "report.json").read_text()
+    report = json.loads(text)
+    assert (report["seed"], report["split"], report["n"]) == (0, "test", 40)
+    assert list(report["phases"]) == ["base", "stage1", "score"]
+    run = score.open_run(folder)
+    problems = run.task.draw(40, "test", np.random.default_rng(0))
+    for (name, m), steps in zip(report["phases"].items(), (4, 3, 3), strict=True):
+        run.policy.load_state_dict(score.load(folder / f"{name}.pt")["model"])
+        sampled = m.pop("sampled")
+        assert m.pop("step") == steps
+        for found, temperature, same in ((m, 0.0, True), (sampled, 0.7, True), (m, 0.7, False)):
+            expected = evaluation.evaluate(run.policy, run.task, problems, temperature, 12)
+            del expected["rows"]
+            assert (found == json.loads(json.dumps(expected))) == same
+    assert printed.startswith("\n40 held-out problems (test), greedy, seed 0")
+
+    torch.manual_seed(9)
+    (folder / "report.json").unlink()
+    assert evaluation.main([str(folder), "--split", "dev", "--n", "20"]) == 0
+    assert evaluation.main([str(folder), "--split", "dev"]) == 0
+    assert evaluation.main([str(folder), "--n", "39"]) == 0
+    assert not (folder / "report.json").exists()
+    assert evaluation.main([str(folder)]) == 0
+    assert (folder / "report.json").read_text() == text
+    for split, n in (("dev", 20), ("dev", 40), ("test", 39)):
+        other = json.loads((folder / f"report-{split}-{n}.json").read_text())
+        assert (other["split"], other["n"]) == (split, n)
+        for x in other["examples"]:
+            a, b = x["prompt"].removesuffix("=").split("+")
+            assert verify.split_of(np.array([int(a)]), np.array([int(b)])) == [split]
+    assert not list(folder.glob("*.part"))
+
+
+def test_the_table_has_the_metrics_in_per_cent_with_their_intervals():
+    right1, right2 = np.arange(40) < 12, np.arange(40) % 4 > 0
+    m = evaluation.metrics(right1, right2)
+    head, _, line, last = evaluation.table({"stage1": m, "other": m}).splitlines()
+    assert head == "| | Acc@t1 | Acc@t2 | Δ(t1,t2) | Δ i→c | Δ c→i |"
+    name, *cells = line.strip("| ").split(" | ")
+    assert name == "Stage I" and last.startswith("| other | 30.0 [")
+    for key, found in zip(("acc_t1", "acc_t2", "delta", "delta_i_to_c", "delta_c_to_i"), cells,
+                          strict=True):  # fmt: skip
+        numbers = [float(x) for x in re.findall(r"[+-]?[0-9.]+", found)]
+        expected = [100 * x for x in (m[key], *m[key + "_interval"])]
+        assert numbers == [round(x, 1) for x in expected]
+        assert (found[0] in "+-") == (key == "delta")
+
+
+def test_examples_are_the_first_of_each_kind():
+    rewards = [(0.0, 0.0), (1.0, 1.0), (torch.nan, 1.0), (0.0, 1.0), (0.0, 1.0), (1.0, 0.0)]
+    rows = [(verify.Problem(f"{i}+0=", str(i)), (f"{i}", f"{i}{i}"), pair)
+            for i, pair in enumerate(rewards)]  # fmt: skip
+    assert [tuple(x.values()) for x in evaluation.examples(rows)] == [
+        ("failed", "0+0=", "0", "0", "00"), ("kept", "1+0=", "1", "1", "11"),
+        ("repaired", "3+0=", "3", "3", "33"),
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", ["no run", "no config", "config", "weights", "other size"])
-def test_what_cannot_be_evaluated_is_one_line_and_changes_nothing(tmp_path, capsys, damage):
-    folder = tmp_path / "run"
-    train(folder)
-    evaluation.main([str(folder)])
-    if damage == "no run":
-        folder = tmp_path / "nowhere"
-    elif damage == "no config":
-        (folder / "config.json").unlink()
-    elif damage == "config":
-        (folder / "config.json").write_text("{")
-    elif damage == "weights":
-        content = (folder / "score.pt").read_bytes()
-        (folder / "score.pt").write_bytes(content[: len(content) // 2])
-    else:
-        about = json.loads((folder / "config.json").read_text())
-        about["config"]["d_model"] = 16
-        (folder / "config.json").write_text(json.dumps(about))
-    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    capsys.readouterr()
-    assert evaluation.main([str(folder)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("eval.py: error: ") and error.count("\n") == 1
-    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-
-
-def test_phase_files_of_an_unfinished_run_are_evaluated_as_far_as_they_go(tmp_path, capsys):
-    train(tmp_path / "run")
-    (tmp_path / "run" / "score.pt").unlink()
-    assert evaluation.main([str(tmp_path / "run")]) == 0
-    report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert list(report["phases"]) == ["base", "stage1"]
-    assert runs.read_about(tmp_path / "run")[0].eval_n == report["n"]
 
 
 def test_what_a_model_says_cannot_drive_the_terminal(capsys):
     said = dict(kind="failed", prompt="2+2=", gold="4", attempt1="\x1b[2J5", attempt2="6" * 9000)
-    evaluation.show(dict(n=1, split="test", seed=0, phases={}, transcripts=[said], diagnosis=[]))
+    notes = dict(examples=[said], diagnosis=["Collapsed: so much."])
+    evaluation.show(dict(n=1, split="test", seed=0, phases={}) | notes)
     shown = capsys.readouterr().out
     assert "?[2J5" in shown and "\x1b" not in shown and len(shown) < 1500
+    assert "DIAGNOSIS  Collapsed: so much." in shown
+
+
+def test_an_unfinished_run_is_evaluated_as_far_as_it_has_come(tmp_path, capsys):
+    folder = score.create(TINY, tmp_path / "run")
+    run = score.open_run(folder)
+    for row in score.train(run):
+        if row["phase"] == "score":
+            break
+    score.checkpoint(run)
+    assert evaluation.main([str(folder)]) == 0
+    report = json.loads((folder / "report.json").read_text())
+    assert list(report["phases"]) == ["base", "stage1"] and report["n"] == 10
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("no run", "is not a run"), ("not begun", "no finished phase"),
+        ("no weights", "no checkpoint at .*score.pt"), ("weights", "score.pt is not a readable"),
+        ("checkpoint", "checkpoint.pt is not a readable"), ("config", "not a readable run"),
+        ("n", "--n must be at least 1, got 0"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_evaluated_is_one_line_and_changes_nothing(
+    trained, tmp_path, capsys, damage, words
+):
+    folder, more = copied(trained, tmp_path), ["--n", "0"] if damage == "n" else []
+    cut = dict(weights="score.pt", checkpoint="checkpoint.pt", config="config.json").get(damage)
+    if damage == "no run":
+        folder = tmp_path / "nowhere"
+    elif damage == "not begun":
+        (folder / "checkpoint.pt").unlink()
+    elif damage == "no weights":
+        (folder / "score.pt").unlink()
+    elif cut:
+        (folder / cut).write_bytes((folder / cut).read_bytes()[:100])
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert evaluation.main([str(folder), *more]) == 2
+    out, error = capsys.readouterr()
+    assert re.match(f"eval.py: error: .*{words}", error) and error.count("\n") == 1 and not out
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

@@ -1,24 +1,31 @@
-"""The sampler draws from the law that the trainer scores, and keeps every token it drew."""
+"""The sampler draws from the law that the trainer scores, and keeps every token that it drew."""
 
 import copy
+import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_model import model
 
-import chat
 import rollout
+import verify
 from model import Cache
+from tests.test_model import model
 
-END, INSTRUCTION = 4, [7, 9, 7]
+END, INSTRUCTION, LIMIT = 4, [7, 9, 7], 4
+TASK = rollout.Task(None, None, None, str, INSTRUCTION, END, 11, LIMIT, 90)
 
 
-def sample(gpt, prompts, seed=0, **changes):
-    law = dict(max_new=4, end_id=END, generator=torch.Generator().manual_seed(seed)) | changes
-    return rollout.rollout(gpt, prompts, INSTRUCTION, **law)
+def noise(rows, attempts=2, limit=LIMIT, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(attempts, rows, limit, generator=generator, dtype=torch.float64)
+
+
+def sample(gpt, prompts, noise_KBN=None, temperature=1.0, task=TASK):
+    noise_KBN = noise(len(prompts)) if noise_KBN is None else noise_KBN
+    return rollout.rollout(gpt, task, prompts, noise_KBN, temperature)
 
 
 def ragged(n, seed=0):
@@ -36,310 +43,200 @@ def short(gpt, boost=1.5):
     return gpt
 
 
-def parse(r, prompts):
-    """Cut each row into x1 y1 p1 y2 by the masks, checking them against a walk along the row."""
-    out = []
+# --- the law of the samples -----------------------------------------------------------------------
+
+
+def test_a_token_without_probability_is_never_drawn():
+    """Not even by the first number, 0, or the last before 1, whatever rounding makes of the sum."""
+    logits = torch.tensor([-torch.inf, 0.3, -torch.inf, 0.1, 0.2, -torch.inf])
+    head = SimpleNamespace(head=lambda state: logits.expand(len(state), -1))
+    number_BN = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64)
+    ids, _ = rollout.sample_turn(head, None, torch.zeros(2, 1), number_BN, 4, temperature=0.7)
+    assert ids == [[1], [4]]
+
+
+def test_sampler_and_trainer_agree_on_every_token_at_any_temperature():
+    prompts = ragged(64)
+    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        for temperature in (0.7, 1.0, 2.0):
+            gpt = short(model(dtype))
+            r = sample(gpt, prompts, temperature=temperature)
+            scored = torch.log_softmax(gpt(r.ids_BT[:, :-1]) / temperature, -1).tolist()
+            for b, s in (r.turn_BS > 0).nonzero().tolist():
+                assert abs(scored[b][s][r.ids_BT[b, s + 1]] - r.logp_BS[b, s]) <= bound
+            assert (r.logp_BS[r.turn_BS == 0] == 0).all() and r.logp_BS.dtype == torch.float64
+
+
+def test_greedy_takes_the_likeliest_token_of_the_uncached_model_whatever_the_noise():
+    """Of all attempts, which may be more than two."""
+    gpt, prompts, found = short(model(max_positions=64)), ragged(12), []
+    for seed in (0, 1):
+        r = sample(gpt, prompts, noise(12, attempts=4, seed=seed), temperature=0)
+        found.append(r.attempts)
+        assert (r.logp_BS == 0).all()
+    assert found[0] == found[1]
     for b, prompt in enumerate(prompts):
-        row, length = r.ids_BT[b].tolist(), int(r.length_B[b])
-        assert row[: len(prompt)] == prompt
-        at, attempts = len(prompt), []
-        for turn in (1, 2):
-            inside = [s + 1 for s in range(len(row) - 1) if r.turn_BS[b, s] == turn]
-            assert inside == list(range(at, at + len(inside))) and inside
-            attempts.append(row[at : at + len(inside)])
-            at += len(inside)
-            if turn == 1:
-                assert row[at : at + 3] == INSTRUCTION
-                at += 3
-        assert at == length
-        assert row[length:] == [0] * (len(row) - length)
-        out.append(attempts)
-    return out
+        row = list(prompt)
+        for k in range(4):
+            for token in r.attempts[k][b]:
+                assert gpt(torch.tensor([row])).argmax(-1)[0, -1] == token
+                row.append(token)
+            row += INSTRUCTION
+        assert r.ids_BT[b].tolist()[: len(row) - 3] == row[:-3]
 
 
-@settings(max_examples=25)
-@given(st.integers(1, 7), st.integers(0, 99))
-def test_a_rollout_is_prompt_attempt_instruction_attempt_without_gaps(n, seed):
-    """Masks equal a walk: up to and including the first end of turn, or to the limit."""
-    prompts = ragged(n, seed)
-    r = sample(short(model()), prompts, seed)
-    for b, attempts in enumerate(parse(r, prompts)):
-        for attempt, cut in zip(attempts, r.truncated_BK[b], strict=True):
-            ended = END in attempt
-            assert bool(cut) == (not ended)
-            assert len(attempt) == (attempt.index(END) + 1 if ended else 4)
-    assert not (r.mask1_BS & r.mask2_BS).any()
-    assert (r.logp_BS[~(r.mask1_BS | r.mask2_BS)] == 0).all()
-    assert not r.offline1_B.any()
+def test_half_precision_logits_are_scored_in_float32():
+    logp = rollout.log_probs(torch.tensor([[1.0, 3.0]], dtype=torch.bfloat16), 0.5)
+    assert logp.dtype == torch.float32
+    torch.testing.assert_close(logp[0, 0].item(), -math.log(1 + math.exp(4.0)))
 
 
-def test_the_samples_above_cover_all_kinds_of_row():
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def test_a_rollout_is_prompt_attempt_instruction_attempt_without_gaps():
+    """Rows are cut by their turns, and held against a walk along them. An attempt goes up to and
+    including its first end of turn, or to the limit; both, and all lengths, are there."""
     prompts = ragged(200)
-    r = sample(short(model()), prompts)
-    lengths = {len(attempt) for pair in parse(r, prompts) for attempt in pair}
-    assert lengths == {1, 2, 3, 4}
-    assert 0.1 < r.truncated_BK[:, 0].float().mean() < 0.9
+    r, lengths, cut = sample(short(model()), prompts), set(), []
+    for b, prompt in enumerate(prompts):
+        row, at = r.ids_BT[b].tolist(), len(prompt)
+        assert row[:at] == prompt and r.turn_BS[b, : at - 1].tolist() == [0] * (at - 1)
+        for k in (1, 2):
+            attempt = r.attempts[k - 1][b]
+            assert len(attempt) == (attempt.index(END) + 1 if END in attempt else LIMIT)
+            assert row[at : at + len(attempt)] == attempt
+            assert r.turn_BS[b, at - 1 : at - 1 + len(attempt)].tolist() == [k] * len(attempt)
+            lengths.add(len(attempt))
+            cut.append(END not in attempt)
+            at += len(attempt)
+            if k == 1:
+                assert row[at : at + 3] == INSTRUCTION
+                assert r.turn_BS[b, at - 1 : at + 2].tolist() == [0] * 3
+                at += 3
+        assert not any(row[at:]) and not r.turn_BS[b, at - 1 :].any()
+    assert lengths == {1, 2, 3, 4} and 0.1 < np.mean(cut) < 0.9
+    assert rollout.truncated(r, 1, TASK) == cut[::2] and rollout.truncated(r, 2, TASK) == cut[1::2]
+
+
+def assert_same(r, b, other, c):
+    """Row b of r is row c of another, but for padding. Sums may round in another way."""
+    n = [int(x.turn_BS[i].nonzero().max()) + 1 for x, i in ((r, b), (other, c))]
+    for name, more in (("ids_BT", 1), ("turn_BS", 0), ("logp_BS", 0)):
+        found, expected = getattr(r, name)[b, : n[0] + more], getattr(other, name)[c, : n[1] + more]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert [turn[b] for turn in r.attempts] == [turn[c] for turn in other.attempts]
+
+
+def test_a_rows_sample_depends_on_its_own_numbers_alone(monkeypatch):
+    """Beside others or alone, in another order, in groups of one prompt or each with its own; and
+    with rows left out as they end, more than once a turn."""
+    gpt, prompts, sizes = short(model(max_positions=90)), ragged(15), []
+    of_rows, numbers = [x for x in prompts for _ in range(3)], noise(45, limit=25)
+    take = Cache.take
+    monkeypatch.setattr(Cache, "take", lambda c, row: sizes.append(len(row)) or take(c, row))
+    r = sample(gpt, prompts, numbers, temperature=6.0)
+    assert sizes.pop(0) == 45 and len(sizes) > 4 and min(sizes) < 6
+    assert len({tuple(row) for row in r.ids_BT[:3].tolist()}) == 3
+    own = sample(gpt, of_rows, numbers, temperature=6.0)
+    order = [7 * b % 45 for b in range(45)]
+    moved = sample(gpt, [of_rows[b] for b in order], numbers[:, order], temperature=6.0)
+    for b in range(45):
+        alone = sample(gpt, of_rows[b : b + 1], numbers[:, b : b + 1], temperature=6.0)
+        for other, c in ((r, b), (own, b), (moved, order.index(b))):
+            assert_same(alone, 0, other, c)
 
 
 def test_attempts_may_all_be_cut_or_all_be_empty():
     """No token ends an attempt; or, with all logits equal, the likeliest token 0 always does."""
-    gpt = short(model())
-    never = sample(gpt, ragged(5), end_id=10_000)
-    assert never.truncated_BK.shape == (5, 2) and never.truncated_BK.all()
+    gpt, prompts = short(model()), ragged(5)
+    never = sample(gpt, prompts, task=TASK._replace(end_id=10_000))
+    assert all(len(y) == LIMIT for turn in never.attempts for y in turn)
     with torch.no_grad():
         gpt.head.weight.zero_()
-    at_once = sample(gpt, ragged(5), end_id=0, temperature=0)
-    assert [len(a) for pair in parse_with_end(at_once) for a in pair] == [1] * 10
-    assert not at_once.truncated_BK.any()
+    at_once = sample(gpt, prompts, temperature=0, task=TASK._replace(end_id=0))
+    assert at_once.attempts == [[[0]] * 5] * 2
 
 
-def parse_with_end(r):
-    return [
-        [r.ids_BT[b, 1:][mask[b]].tolist() for mask in (r.mask1_BS, r.mask2_BS)]
-        for b in range(len(r.ids_BT))
-    ]
+# --- what the trainer makes of them ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
-def test_sampler_and_trainer_agree_on_every_token(dtype, bound, temperature):
-    gpt, prompts = short(model(dtype)), ragged(64)
-    r = sample(gpt, prompts, temperature=temperature)
-    scored = torch.log_softmax(gpt(r.ids_BT[:, :-1]) / temperature, -1)
-    for b, s in (r.mask1_BS | r.mask2_BS).nonzero().tolist():
-        assert abs(scored[b, s, r.ids_BT[b, s + 1]] - r.logp_BS[b, s]) <= bound
+def test_log_probabilities_and_divergences_are_those_of_loops_over_the_vocabulary():
+    """With gradient to the policy alone, and nothing changed that was handed in."""
+    gpt, base, prompts = short(model()), short(model(), boost=1.1), ragged(6)
+    r = sample(gpt, prompts)
+    before = copy.deepcopy(r)
+    logp_BS, kl_BS = rollout.token_terms(gpt, base, r, 0.8)
+    for b, row in enumerate(r.ids_BT.tolist()):
+        for s in range(len(row) - 1):
+            prefix = torch.tensor([row[: s + 1]])
+            p, q = (torch.softmax(m(prefix)[0, -1] / 0.8, -1).tolist() for m in (gpt, base))
+            kl = sum(x * math.log(x / y) for x, y in zip(p, q, strict=True))
+            assert abs(logp_BS[b, s].item() - math.log(p[row[s + 1]])) < 1e-9
+            assert abs(kl_BS[b, s].item() - kl) < 1e-9
+    (logp_BS.sum() + kl_BS.sum()).backward()
+    assert all(weight.grad is None for weight in base.parameters())
+    assert all(weight.grad is not None for weight in gpt.parameters())
+    assert all(torch.equal(getattr(r, x), getattr(before, x)) for x in ("ids_BT", "turn_BS"))
 
 
-FIELDS = ("ids_BT", "length_B", "turn_BS", "logp_BS", "truncated_BK")
+# --- texts and rewards ----------------------------------------------------------------------------
+
+TOY = rollout.addition(SimpleNamespace(
+    size=2, slip=0.4, slip_hard=0.8, right_revisions=0.0, copies=1.0))  # fmt: skip
 
 
-def assert_same(a, b, at=slice(None)):
-    """Equal tokens and masks; log-probabilities to rounding, as sums may go another way."""
-    for name in FIELDS:
-        torch.testing.assert_close(getattr(a, name), getattr(b, name)[at], rtol=0, atol=1e-12)
+def said(*attempts, end=True):
+    """Return a rollout in which `1+1=` was answered so, by turn and row."""
+    attempts = [[[*TOY.encode(x), *[TOY.end_id] * end] for x in column] for column in attempts]
+    return rollout.make_rows([TOY.encode("1+1=")] * len(attempts[0]), attempts, [13], "cpu")
 
 
-@pytest.mark.parametrize("attempts", [2, 3])
-@pytest.mark.parametrize("temperature", [5, 20])
-def test_leaving_finished_rows_out_changes_nothing(temperature, attempts, monkeypatch):
-    gpt, prompts, sizes = short(model(max_positions=90)), ragged(40), []
-    take = Cache.take
-    monkeypatch.setattr(Cache, "take", lambda c, row: sizes.append(len(row)) or take(c, row))
-    law = dict(temperature=temperature, attempts=attempts, max_new=25)
-    whole = sample(gpt, prompts, **law)
-    assert not sizes
-    assert_same(sample(gpt, prompts, compact=True, **law), whole)
-    assert len(sizes) > attempts and min(sizes) < 10  # it was done, more than once a turn
-
-
-def test_a_prompt_read_once_for_its_group_changes_nothing():
-    gpt, other, prompts = short(model()), short(model(), 1.2), ragged(6)
-    offline = torch.arange(18) % 2 == 0
-    for more in ({}, dict(author1=other, offline1_B=offline)):
-        one = sample(gpt, [x for x in prompts for _ in range(3)], temperature=1.3, **more)
-        assert len({tuple(row) for row in one.ids_BT[:3].tolist()}) > 1  # rows are independent
-        assert_same(sample(gpt, prompts, group=3, temperature=1.3, **more), one)
-
-
-def test_processes_sample_their_shares_of_one_and_the_same_rollout():
-    gpt, prompts = short(model()), ragged(12)
-    whole, seen = sample(gpt, prompts, temperature=1.3), 0
-    for i in range(3):
-        at = slice(4 * i, 4 * i + 4)
-        share = sample(gpt, prompts[at], temperature=1.3, share=(i, 3))
-        assert_same(share, whole.rows(at))
-        seen += len(share.ids_BT)
-    assert seen == 12
-
-
-def test_sampled_tokens_follow_the_softmax():
-    """Chi-squared statistics of 40,000 first tokens and of second tokens given the first.
-
-    Each sums over 10 degrees of freedom; a right sampler exceeds 42 in one of the two with
-    probability below 2e-5, and the seed is fixed.
-    """
-    gpt, n = short(model(), boost=1.0), 40_000
-    with torch.no_grad():
-        gpt.norm.weight.mul_(3)
-    cache = Cache(gpt, n, 4)
-    chunk = torch.tensor([[3, 8]]).expand(n, -1)
-    law = dict(end_id=END, generator=torch.Generator().manual_seed(0), temperature=1.3)
-    state = rollout.read(gpt, cache, chunk, torch.full((n,), 2))
-    turn = rollout.sample_turn(gpt, cache, state, max_new=2, **law)
-    first = turn.ids_BN[:, 0]
-    common = first[first != END].mode().values
-    second = turn.ids_BN[first == common, 1]
-    for tokens, prefix in ((first, [3, 8]), (second, [3, 8, int(common)])):
-        p = torch.softmax(gpt(torch.tensor([prefix]))[0, -1] / 1.3, -1)
-        expected, counts = p * len(tokens), torch.bincount(tokens, minlength=11)
-        assert ((counts - expected) ** 2 / expected).sum() < 42
-        assert p.max() / p.min() > 2  # the law is far enough from uniform to notice
-
-
-def test_greedy_takes_the_likeliest_token_of_the_uncached_model():
-    gpt, prompts = short(model()), ragged(20)
-    r = sample(gpt, prompts, temperature=0, generator=None)
-    parse(r, prompts)
-    best = gpt(r.ids_BT).argmax(-1)[:, :-1]
-    mask = r.mask1_BS | r.mask2_BS
-    assert torch.equal(best[mask], r.ids_BT[:, 1:][mask])
-    assert (r.logp_BS == 0).all()
-
-
-def test_a_turns_log_probabilities_are_0_beyond_its_end():
-    """Whether finished rows are left out or go on unseen."""
-    gpt, prompts = short(model()), rollout.pad(ragged(99), "cpu")
-    for compact in (False, True):
-        cache = Cache(gpt, 99, 9)
-        turn = rollout.sample_turn(
-            gpt, cache, rollout.read(gpt, cache, *prompts), max_new=4, end_id=END,
-            generator=torch.Generator().manual_seed(0), compact=compact,
-        )  # fmt: skip
-        lengths = set(turn.n_B.tolist())
-        assert lengths == {1, 2, 3, 4}
-        for row, n in zip(turn.logp_BN.tolist(), turn.n_B.tolist(), strict=True):
-            assert all(x < 0 for x in row[:n]) and not any(row[n:])
-
-
-def test_the_generator_is_the_only_randomness():
-    gpt, prompts = short(model()), ragged(9)
-    torch.manual_seed(1)
-    a = sample(gpt, prompts)
-    torch.manual_seed(2)
-    state = torch.random.get_rng_state()
-    b = sample(gpt, prompts)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert torch.equal(a.ids_BT, b.ids_BT)
-    assert not torch.equal(a.ids_BT, sample(gpt, prompts, seed=1).ids_BT)
-
-
-def test_the_second_turn_depends_on_nothing_but_its_own_row():
-    """Greedy attempts of a row are the same alone and among rows of other lengths."""
-    gpt, prompts = short(model()), ragged(12)
-    together = parse_with_end(sample(gpt, prompts, temperature=0))
-    alone = [parse_with_end(sample(gpt, [p], temperature=0))[0] for p in prompts]
-    assert together == alone
-
-
-def test_offline_first_attempts_are_another_models_and_are_continued():
-    """Greedy, so that each author's attempt is known: marked rows start with the other model's."""
-    gpt, other, prompts = short(model()), short(model()), ragged(12)
-    with torch.no_grad():
-        other.head.weight.copy_(other.head.weight.roll(3, 0))
-    offline = torch.arange(12) % 3 == 0
-    r = sample(gpt, prompts, temperature=0, author1=other, offline1_B=offline)
-    mine, theirs = (parse_with_end(sample(m, prompts, temperature=0)) for m in (gpt, other))
-    found = parse(r, prompts)
-    assert torch.equal(r.offline1_B, offline)
-    assert sum(a[0] != b[0] for a, b in zip(mine, theirs, strict=True)) > 6
-    best = gpt(r.ids_BT).argmax(-1)[:, :-1]
-    for b in range(12):
-        assert found[b][0] == (theirs if offline[b] else mine)[b][0]
-    assert torch.equal(best[r.mask2_BS], r.ids_BT[:, 1:][r.mask2_BS])
-
-
-def test_offline_rows_keep_the_cache_law():
-    gpt, other, prompts = short(model()), short(model(), 1.2), ragged(40)
-    offline = torch.arange(40) < 20
-    r = sample(gpt, prompts, author1=other, offline1_B=offline)
-    for author, rows in ((other, offline), (gpt, ~offline)):
-        logp = torch.log_softmax(author(r.ids_BT[:, :-1]), -1)
-        logp = logp.gather(-1, r.ids_BT[:, 1:, None])[..., 0]
-        own = r.mask1_BS & rows[:, None]
-        torch.testing.assert_close(logp[own], r.logp_BS[own], rtol=0, atol=1e-12)
-        if author is gpt:
-            torch.testing.assert_close(logp[r.mask2_BS], r.logp_BS[r.mask2_BS], rtol=0, atol=1e-12)
-
-
-@given(st.lists(st.floats(-9, 9, width=32), min_size=3, max_size=8), st.floats(0.2, 3),
-       st.integers(0, 4), st.floats(0.05, 1))  # fmt: skip
-def test_token_law_keeps_the_likeliest_and_renormalises(logits, temperature, top_k, top_p):
-    p = torch.softmax(torch.tensor(logits).double() / temperature, -1).tolist()
-    order = sorted(range(len(p)), key=lambda i: -p[i])
-    kept, total = [], 0.0
-    for rank, i in enumerate(order):
-        if (top_k and rank >= top_k) or total >= top_p - 1e-9:
-            break
-        kept.append(i)
-        total += p[i]
-    law = rollout.token_law(torch.tensor([logits]).double(), temperature, top_k, top_p)[0].exp()
-    if abs(sum(p[i] for i in kept) - top_p) < 1e-6:
-        return  # at the very edge of top_p rounding decides
-    expected = [p[i] / total if i in kept else 0.0 for i in range(len(p))]
-    # tokens of equal probability may be kept in either order
-    assert sorted(law.tolist()) == pytest.approx(sorted(expected), abs=1e-9)
-
-
-def test_the_law_of_half_precision_logits_is_computed_in_float32():
-    assert rollout.token_law(torch.zeros(1, 3, dtype=torch.bfloat16), 1.0).dtype == torch.float32
-
-
-@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3), st.integers(1, 5)), min_size=1,
-                max_size=5))  # fmt: skip
-def test_join_leaves_no_gap(lengths):
-    parts, rows = [], [[] for _ in lengths]
-    for piece in range(3):
-        n = [row[piece] for row in lengths]
-        values = torch.arange(len(n) * (max(n) + 1)).view(len(n), -1) + 100 * piece + 1
-        parts.append((values, torch.tensor(n)))
-        for b, k in enumerate(n):
-            rows[b] += values[b, :k].tolist()
-    width = max(map(len, rows))
-    expected = [row + [0] * (width - len(row)) for row in rows]
-    assert rollout.join(parts, torch.long).tolist() == expected
-
-
-def test_pad():
-    ids, n = rollout.pad([[5], [6, 7, 8], [9, 1]], torch.device("cpu"))
-    assert ids.tolist() == [[5, 0, 0], [6, 7, 8], [9, 1, 0]]
-    assert n.tolist() == [1, 3, 2]
-
-
-def test_rows_of_a_rollout_are_its_rows():
-    prompts = ragged(30)
-    r = sample(short(model()), prompts)
-    part = r.rows(slice(7, 12))
-    assert parse(part, prompts[7:12]) == parse(r, prompts)[7:12]
-    assert part.ids_BT.shape[1] == int(r.length_B[7:12].max())
-    assert torch.equal(part.truncated_BK, r.truncated_BK[7:12])
-
-
-def test_the_toy_encoding_is_one_token_a_character_and_reversible():
-    encoding = chat.toy_encoding()
+def test_the_toys_tokens_are_its_characters():
+    encoding = rollout.toy_encoding()
     assert isinstance(encoding, tiktoken.Encoding)
-    text = "0123456789+=" + chat.END + chat.REVISE
-    ids = chat.encode(encoding, text)
-    assert ids == list(range(14)) and encoding.n_vocab == 14
-    assert encoding.decode(ids) == text
+    assert TOY.encode("0123456789+=") == list(range(12))
+    assert (TOY.end_id, TOY.instruction, TOY.vocab_size) == (12, [13], 14)
+    assert encoding.decode([1, 12, 13]) == "1<|end|><|revise|>"
+    assert TOY.decode([0, 4, 2]) == "042"
+    assert TOY.max_new == len("199") + 1
 
 
-def test_attempts_are_read_back_without_their_end_of_turn():
-    ids = torch.tensor([[1, 11, 4, 2, 12, 13, 7, 12], [1, 11, 4, 2, 3, 13, 12, 0]])
-    turn = torch.tensor([[0, 1, 1, 1, 0, 2, 2], [0, 1, 1, 1, 0, 2, 0]])
-    cut = torch.tensor([[False, False], [True, False]])
-    r = rollout.Rollout(ids, torch.tensor([8, 7]), turn, torch.zeros(2, 7), cut, cut[:, 1])
-    assert rollout.written(r, 1) == [[4, 2, 12], [4, 2, 3]]
-    toy = chat.format_of("addition")
-    assert rollout.texts(r, 1, toy) == ["42", "423"] and rollout.texts(r, 2, toy) == ["7", ""]
+def test_the_bases_documents_are_drafts_and_revisions_in_tokens():
+    """Of the shares that the settings name, here all copies; or of right revisions alone."""
+    for clean in (False, True):
+        prompts, attempts = TOY.documents(80, np.random.default_rng(0), clean)
+        assert len(prompts) == 80 and [len(column) for column in attempts] == [80, 80]
+        for prompt, draft, revision in zip(prompts, *attempts, strict=True):
+            a, b = TOY.decode(prompt).removesuffix("=").split("+")
+            right = [*TOY.encode(f"{int(a) + int(b):03d}"), 12]
+            assert len(a) == len(b) == 2 and revision == (right if clean else draft)
+            assert len(draft) == 4 and draft[-1] == 12
 
 
-@settings(max_examples=10)
-@given(st.integers(1, 5), st.integers(0, 99))
-def test_further_attempts_are_further_turns(n, seed):
-    """Five attempts in one row, each after an instruction, scored as sampled; the first two are
-    those of a rollout of two."""
-    gpt, prompts = short(model(max_positions=64)), ragged(n, seed)
-    r = sample(gpt, prompts, seed, temperature=0, attempts=5)
-    two = sample(gpt, prompts, seed, temperature=0)
-    for turn in (1, 2):
-        assert rollout.written(r, turn) == rollout.written(two, turn)
-    for b, prompt in enumerate(prompts):
-        row = list(prompt)
-        for turn in range(1, 6):
-            attempt = rollout.written(r, turn)[b]
-            assert bool(r.truncated_BK[b, turn - 1]) == (END not in attempt)
-            for token in attempt:
-                assert gpt(torch.tensor([row])).argmax(-1)[0, -1] == token
-                row.append(token)
-            row += INSTRUCTION
-        assert r.ids_BT[b, : r.length_B[b]].tolist() == row[:-3]
+def test_truncated_attempts_are_not_paid_and_those_without_a_verdict_are_not_a_number():
+    """Attempts that are cut after digits that are right: "02", no end. The last problem's gold
+    answer cannot be read."""
+    problems = [verify.Problem("1+1=", "2")] * 3 + [verify.Problem("1+1=", "two")]
+    for end in (True, False):
+        r = said(["02", "0", "2", "2"], ["3", "2", "7", "5"], end=end)
+        assert rollout.texts(r, 1, TOY)[:3] == ["02", "0", "2"]
+        found = rollout.grade(r, problems, TOY)
+        assert found.dtype == torch.float32 and found[:, 3].isnan().all()
+        assert found[:, :3].tolist() == ([[1, 0, 1], [0, 1, 0]] if end else [[0] * 3] * 2)
+
+
+def test_what_is_logged_is_counted_on_the_rows():
+    r = said(["02", "0", "2", "44"], ["3", "2", "2", "44"])
+    r.attempts[0][0] = r.attempts[0][0][:-1]  # cut
+    r.logp_BS = torch.where(r.turn_BS == 1, -0.25, -0.5)  # also where nothing was written
+    reward = torch.tensor([[1.0, 0, 1, torch.nan], [0, 1, 1, 0]])
+    assert rollout.summary(r, reward, TOY) == pytest.approx(dict(
+        acc_t1=2 / 3, acc_t2=2 / 4, delta=2 / 4 - 2 / 3, changed=2 / 4, truncated1=1 / 4,
+        truncated2=0, entropy1=0.25, entropy2=0.5, unjudged=1 / 4))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["magic", "", "../score", "answers.py", "a b", "os"])
+def test_a_task_that_is_no_module_of_tasks_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"--task must be addition or .*, got '{name}'"):
+        rollout.find_task(name)

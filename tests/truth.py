@@ -1,11 +1,12 @@
 """The truth that the losses are held against: a two-turn policy small enough to enumerate.
 
 Vocabulary of three tokens, attempts of at most two: 7 attempts a turn, 49 trajectories. The policy
-is the shipped transformer in float64 with 2 blocks and about 300 weights. `Oracle` sums both
+is the shipped transformer in float64 with 2 blocks and about 300 weights. `Oracle` sums the
 objectives exactly, prefix by prefix, without rows, masks, padding, log-prob tensors or autograd,
-and differentiates them numerically. `expected_gradient` sends all trajectories (all pairs of them,
-for leave-one-out with G = 2) through the shipped code and weights each by its probability. There is
-no sampling anywhere, so nothing is tolerated but rounding.
+and differentiates them numerically. `expected_gradient` lets the shipped sampler write all
+trajectories, each from numbers that make it do so, sends all pairs of them (groups of G = 2)
+through the shipped code and weights each pair by its probability. Nothing is left to chance, so
+nothing is tolerated but rounding.
 
 The objective is the paper's with gamma = 0: attempt 2's terms draw attempt 1 from a *frozen* copy
 of the policy (arXiv 2409.12917v2, appendix A.2). Where attempt 1 is made to earn part of attempt
@@ -15,26 +16,29 @@ of the policy (arXiv 2409.12917v2, appendix A.2). Where attempt 1 is made to ear
 import itertools
 import math
 import sys
-import types
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import torch
 
 ROOT = Path(__file__).parent.parent
 PROMPT, INSTRUCTION, END, LIMIT, V = (0, 2), (2, 0), 1, 2, 3
-RIGHT = {(0, 1), (2, 0), (1,)}  # the attempts that earn 1
+RIGHT = {(0, 1), (1,)}  # the attempts that earn 1
 ALPHA, BETA1, BETA2, GAMMA, TEMPERATURE = 3.0, 0.3, 0.7, 0.6, 0.8
+SETTINGS = SimpleNamespace(group=2, alpha=ALPHA, beta1=BETA1, beta2=BETA2, gamma=GAMMA)
 ATTEMPTS = [(1,), *((a, b) for a in (0, 2) for b in range(V))]
 PAIRS = list(itertools.product(ATTEMPTS, ATTEMPTS))
 
 
-def load_program(*edits: tuple[str, str, str]) -> types.SimpleNamespace:
+def load_program(*edits: tuple[str, str, str]) -> SimpleNamespace:
     """Return fresh copies of the modules, after edits (file, old, new) of their source text.
 
     Raises:
       AssertionError: an edit's old text is not in the file exactly once.
     """
-    names = ("verify", "model", "rollout", "run", "score")
+    names = ("verify", "model", "rollout", "score")
     before = {name: sys.modules.pop(name, None) for name in names}
     try:
         for name in names:
@@ -43,11 +47,11 @@ def load_program(*edits: tuple[str, str, str]) -> types.SimpleNamespace:
                 if file == f"{name}.py":
                     assert source.count(old) == 1, f"{file} has {source.count(old)} of {old!r}"
                     source = source.replace(old, new)
-            module = types.ModuleType(name)
+            module = ModuleType(name)
             module.__file__ = str(ROOT / f"{name}.py")
             sys.modules[name] = module
             exec(compile(source, f"{name}.py", "exec"), module.__dict__)
-        return types.SimpleNamespace(**{name: sys.modules[name] for name in names})
+        return SimpleNamespace(**{name: sys.modules[name] for name in names})
     finally:
         for name in names:
             sys.modules.pop(name, None)
@@ -69,35 +73,62 @@ def tiny_model(program, seed: int):
     return model
 
 
+def tiny_task(program):
+    """Return the task whose every problem is PROMPT, and whose right attempts are RIGHT's."""
+
+    def verifier(answer, gold):
+        return program.verify.Verdict(int(answer in {str(y[:-1]) for y in RIGHT}), "")
+
+    return program.rollout.Task(
+        draw=lambda n, split, rng: [program.verify.Problem("", "", verifier)] * n,
+        documents=None,
+        encode=lambda text: list(PROMPT),
+        decode=lambda ids: str(tuple(ids)),
+        instruction=list(INSTRUCTION),
+        end_id=END,
+        vocab_size=V,
+        max_new=LIMIT,
+        max_positions=8,
+    )
+
+
 class Oracle:
-    """Exact objectives of both stages and their variants, and their numerical gradients."""
+    """Exact objectives of both stages and of other methods, and their numerical gradients."""
 
     def __init__(self):
         program = load_program()
         self.policy, self.base = tiny_model(program, 1), tiny_model(program, 2)
         self.contexts = [PROMPT] + [PROMPT + y1 + INSTRUCTION for y1 in ATTEMPTS]
+        self.next0 = self.next_tokens(self.policy)
         self.p0 = self.laws(self.policy)
         self.ref = self.laws(self.base)
-        self.gradients = self.differentiate()
 
     @torch.no_grad()
-    def laws(self, model) -> dict:
-        """Return {context: {attempt: probability}}, from prefixes of one length at a time."""
+    def next_tokens(self, model) -> dict:
+        """Return {prefix: probabilities of the next token}, prefixes of one length at a time."""
         prefixes = self.contexts + [(*context, a) for context in self.contexts for a in (0, 2)]
-        next_token = {}
+        found = {}
         for _, same in itertools.groupby(sorted(prefixes, key=len), key=len):
             same = list(same)
             for prefix, row in zip(same, model(torch.tensor(same))[:, -1].tolist(), strict=True):
                 weights = [math.exp(x / TEMPERATURE) for x in row]
-                next_token[prefix] = [w / sum(weights) for w in weights]
+                found[prefix] = [w / sum(weights) for w in weights]
+        return found
+
+    def laws(self, model) -> dict:
+        """Return {context: {attempt: probability}}."""
+        p = self.next_tokens(model)
         return {
             context: {
-                y: next_token[context][y[0]]
-                * (next_token[(*context, y[0])][y[1]] if len(y) == 2 else 1.0)
+                y: p[context][y[0]] * (p[(*context, y[0])][y[1]] if len(y) == 2 else 1.0)
                 for y in ATTEMPTS
             }
             for context in self.contexts
         }
+
+    def probability(self, y1, y2) -> float:
+        """Return the probability of a trajectory under the policy's first weights."""
+        return self.p0[PROMPT][y1] * self.p0[PROMPT + y1 + INSTRUCTION][y2]
 
     def objectives(self) -> dict[str, float]:
         """Return J of each objective at the policy's present weights."""
@@ -127,10 +158,11 @@ class Oracle:
         return {"stage1": stage1, "stage2": stage2, "single_turn": single_turn,
                 "gamma": stage2 + gamma, "leak": stage2 + leak}  # fmt: skip
 
+    @cached_property
     @torch.no_grad()
-    def differentiate(self, h: float = 2e-5) -> dict:
-        """Return the objectives' gradients by five-point differences, error of order h^4."""
-        rows = {}
+    def gradients(self) -> dict:
+        """The objectives' gradients, by five-point differences with an error of order h^4."""
+        rows, h = {}, 2e-5
         for weight in self.policy.parameters():
             flat = weight.view(-1)
             for i in range(len(flat)):
@@ -144,48 +176,46 @@ class Oracle:
                     rows.setdefault(s, []).append(slope)
         return {s: torch.tensor(slopes, dtype=torch.float64) for s, slopes in rows.items()}
 
-
-def as_turn(program, attempts):
-    """Return attempts as the sampler would, with *nonsense* behind their ends."""
-    ids = torch.tensor([[*y, 0, 2][: LIMIT + 1] for y in attempts])
-    n = torch.tensor([len(y) for y in attempts])
-    cut = torch.tensor([y[-1] != END for y in attempts])
-    return program.rollout.Turn(ids, n, torch.zeros(ids.shape, dtype=torch.float64), cut)
-
-
-def all_rows(program, trajectories):
-    """Return trajectories (y1, y2) as one shipped Rollout, and their rewards."""
-    first, second = zip(*trajectories, strict=True)
-
-    def constant(ids):
-        return torch.tensor([ids] * len(first)), torch.full((len(first),), len(ids))
-
-    turns = [as_turn(program, first), as_turn(program, second)]
-    r = program.rollout.assemble(constant(PROMPT), turns, constant(INSTRUCTION))
-    rewards = [torch.tensor([float(y in RIGHT) for y in ys]).double() for ys in (first, second)]
-    return r, *rewards
+    def numbers(self, context, attempt, where: float) -> list[float]:
+        """Return numbers that make a sampler write an attempt: of each token the one that lies at
+        `where`, from 0 to 1, in the token's share of [0, 1); and any for what comes no more."""
+        found = []
+        for i, token in enumerate(attempt):
+            p = self.next0[context + attempt[:i]]
+            found.append(sum(p[:token]) + where * p[token])
+        return found + [0.5] * (LIMIT - len(attempt))
 
 
-def expected_gradient(program, oracle: Oracle, stage: str, kl: str) -> torch.Tensor:
-    """Return minus the expected gradient of the shipped loss over all pairs of trajectories."""
+def all_rows(program, oracle: Oracle, policy, where: float = 0.5):
+    """Return PAIRS as one shipped Rollout, written by the shipped sampler."""
+    noise_BKN = [
+        [oracle.numbers(PROMPT, y1, where), oracle.numbers(PROMPT + y1 + INSTRUCTION, y2, where)]
+        for y1, y2 in PAIRS
+    ]
+    noise_KBN = torch.tensor(noise_BKN, dtype=torch.float64).transpose(0, 1)
+    task, prompts = tiny_task(program), [list(PROMPT)]
+    return program.rollout.rollout(policy, task, prompts, noise_KBN, TEMPERATURE)
+
+
+def expected_gradient(
+    program, oracle: Oracle, stage: Callable, token_terms: Callable | None = None
+) -> torch.Tensor:
+    """Return minus the expected gradient of the shipped loss over all pairs of trajectories.
+
+    stage: such as `score.stage1`, called with rewards and SETTINGS. token_terms: None is the
+    shipped one, with the exact KL.
+    """
     policy, base = tiny_model(program, 1), tiny_model(program, 2)
-    p = [oracle.p0[PROMPT][y1] * oracle.p0[PROMPT + y1 + INSTRUCTION][y2] for y1, y2 in PAIRS]
-    p = torch.tensor(p, dtype=torch.float64)
-    r, reward1, reward2 = all_rows(program, PAIRS)
-    logp, kl1, kl2 = program.score.score_terms(policy, base, r, TEMPERATURE, kl)
+    r = all_rows(program, oracle, policy)
+    rewards = [[float(y in RIGHT) for y in attempts] for attempts in zip(*PAIRS, strict=True)]
+    reward_KB = torch.tensor(rewards, dtype=torch.float64)
+    terms = token_terms or program.rollout.token_terms
+    logp_BS, kl_BS = terms(policy, base, r, TEMPERATURE)
+    p = torch.tensor([oracle.probability(*pair) for pair in PAIRS], dtype=torch.float64)
     pairs = torch.cartesian_prod(torch.arange(len(PAIRS)), torch.arange(len(PAIRS)))
     i = pairs.reshape(-1)  # two rows side by side are a group
-    terms = (logp[i], r.mask2_BS[i], kl1[i], kl2[i])
-    if stage == "stage1":
-        loss = program.score.loss_stage1(*terms, reward2[i], 2, BETA1, BETA2)
-    elif stage == "single_turn":
-        loss = program.score.loss_attempt(logp[i], r.mask1_BS[i], kl1[i], reward1[i], 2, BETA1)
-    else:
-        mask1 = program.score.own_mask1(r)[i]
-        loss = program.score.loss_stage2(
-            logp[i], mask1, *terms[1:], reward1[i], reward2[i], 2, ALPHA, BETA1,
-            gamma=GAMMA if stage == "gamma" else 0.0, leak=stage == "leak",
-        )  # fmt: skip
+    paid_and_held = stage(reward_KB[:, i], SETTINGS)
+    loss = program.score.loss(logp_BS[i], kl_BS[i], r.turn_BS[i], *paid_and_held)
     weight = p[pairs[:, 0]] * p[pairs[:, 1]]
     (loss.view(-1, 2).mean(dim=1) * weight).sum().backward()
     return -torch.cat([w.grad.reshape(-1) for w in policy.parameters()])

@@ -1,0 +1,3 @@
+"""The ports to libraries have no doctests, and their libraries may be absent."""
+
+collect_ignore_glob = ["*_port.py"]

@@ -1,0 +1,42 @@
+"""SCoRe for a stack that takes numbers for each token, and for one that takes advantages alone.
+
+score.py's stages say who is paid and who is held: the advantage of each attempt, the weight of its
+KL. `spread` gives them to the tokens; `fold` leaves one number a token, the KL in it.
+
+    python -m doctest -v ports/tensors.py
+
+Dimension key: B rows (rollouts), S scored positions, K attempts.
+"""
+
+import torch
+
+
+def spread(turn_BS, advantage_KB, weight_K):
+    """Return the advantage and the KL weight [B, S] of each token, both 0 in the context.
+
+    Args:
+      turn_BS: int64, 1, 2, .. in the attempts, their end of turn included; 0 elsewhere.
+      advantage_KB, weight_K: of a stage.
+
+    >>> paid, held = [torch.tensor([0.5]), torch.tensor([-1.0])], (0.4, 0.1)
+    >>> advantage_BS, weight_BS = spread(torch.tensor([[0, 1, 1, 0, 2]]), paid, held)
+    >>> advantage_BS[0].tolist(), weight_BS[0]
+    ([0.0, 0.5, 0.5, 0.0, -1.0], tensor([0.0000, 0.4000, 0.4000, 0.0000, 0.1000]))
+    """
+    nothing_B = torch.zeros_like(advantage_KB[0])
+    advantage_BS = torch.stack([nothing_B, *advantage_KB], dim=1).gather(1, turn_BS)
+    return advantage_BS, nothing_B.new_tensor([0.0, *weight_K])[turn_BS]
+
+
+def fold(advantage_BS, weight_BS, logp_BS, ref_logp_BS, turn_BS):
+    """Return [B, S] advantages with the KL in them, estimated from the tokens that came.
+
+    A policy gradient -(folded * log p).sum() then has the gradient of advantage and KL: a token
+    pays for its own log-ratio and for the later ones of its attempt.
+    """
+    cost_BS = weight_BS * (logp_BS - ref_logp_BS).detach()
+    for k in range(1, int(turn_BS.max()) + 1):
+        mask_BS = turn_BS == k
+        to_go_BS = (cost_BS * mask_BS).flip(1).cumsum(1).flip(1)
+        advantage_BS = advantage_BS - to_go_BS * mask_BS
+    return advantage_BS

@@ -1,0 +1,1 @@
+"""Open checkpoints, files of problems, large models, many processes."""

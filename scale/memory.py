@@ -1,0 +1,90 @@
+"""How does a large model fit, and run fast? It computes what it did, but for rounding.
+
+`prepare` works on a model from outside: it gives the model's parts subclasses of their classes, so
+that copies have them, too. model.py knows nothing of it.
+
+- bfloat16: matrices are multiplied in bfloat16, by autocast, and what is kept of tokens read is
+  bfloat16; weights, norms and sums stay float32. A frozen model keeps its matrices rounded, as
+  autocast would round them at each use: it computes to the bit what the policy that it was copied
+  from does, with half the memory and sooner, as nothing is rounded at each token.
+- recompute: the backward pass computes a block again instead of keeping what it has computed.
+- compile: torch.compile fuses what stands between the matrix products. Copies are to be prepared
+  again.
+- On a CPU, large float32 products without a gradient, those of decoding, are oneDNN's.
+
+    python -c "import model; from scale import memory as m; help(m.prepare)"
+"""
+
+import os
+import shutil
+import sys
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from model import GPT, Block
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+LARGE = 2**17  # elements of a matrix from which on its reading, not the call, takes the time
+
+
+class OneDNNLinear(nn.Linear):
+    """Of few rows, oneDNN takes half as long as MKL, which torch would choose."""
+
+    def forward(self, x):
+        if torch.is_grad_enabled() or not x.is_cpu or torch.compiler.is_compiling():
+            return super().forward(x)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+class BFloat16Linear(nn.Linear):
+    def forward(self, x):
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return super().forward(x)
+
+
+class BFloat16GPT(GPT):
+    def hidden(self, ids_BT, cache=None, n_new_B=None):
+        if cache is not None and cache.reach == 0:
+            cache.k, cache.v = ([x.bfloat16() for x in layers] for layers in (cache.k, cache.v))
+        with torch.autocast(ids_BT.device.type, torch.bfloat16):
+            return super().hidden(ids_BT, cache, n_new_B)
+
+
+class RecomputedBlock(Block):
+    def forward(self, *args):
+        if not torch.is_grad_enabled():
+            return super().forward(*args)
+        return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def prepare(
+    model: GPT, dtype: torch.dtype = torch.float32, recompute: bool = False, compile: bool = False
+) -> GPT:
+    """Return the model, of float32 weights on its device, made to compute as told.
+
+    Raises:
+      ValueError: another dtype than float32 and bfloat16; no C++ compiler, which `compile` needs.
+    """
+    cpu = model.embed.weight.device.type == "cpu"
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"--dtype must be float32 or bfloat16, got {dtype}")
+    cxx = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if compile and cpu and not shutil.which(cxx):
+        raise ValueError(f"--compile needs a C++ compiler: there is no {cxx} (or name it by CXX)")
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            weight = module.weight
+            if dtype == torch.bfloat16 and not weight.requires_grad:
+                module.weight = nn.Parameter(weight.bfloat16(), requires_grad=False)
+            elif dtype == torch.float32 and cpu and ONEDNN and weight.numel() >= LARGE:
+                module.__class__ = OneDNNLinear
+    if dtype == torch.bfloat16:
+        model.__class__, model.head.__class__ = BFloat16GPT, BFloat16Linear
+    for block in model.blocks:
+        if recompute:
+            block.__class__ = RecomputedBlock
+        if compile:
+            block.compile(dynamic=True, recompile_limit=64)
+    return model

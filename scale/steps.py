@@ -1,0 +1,219 @@
+"""How is a step of study/methods.py, or of score.py, taken in parts? Its gradient is the same.
+
+Rows are sampled some at a time, and programs are judged side by side. The gradient is summed over
+micro-batches and processes. The distributions over the vocabulary are made for a chunk of positions
+at a time, and once more in the backward pass, so that no [B, S, V] is kept. The equations and the
+sampler are those of the core. Dimension key: as in score.py.
+
+Differs from the core: in bfloat16, where sampler and trainer round differently, their gap is only
+logged.
+
+    python -c "from scale import steps; print(steps.slices(range(4, 9), 3))"
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from model import GPT
+from rollout import Rollout, grade, log_probs, make_rows, rollout, summary, token_terms
+from scale.memory import prepare
+from scale.processes import all_gather, gathered, my_rows, world_size
+from score import Phase, Run, loss
+from study import methods
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+GAP = {"float32": 1e-3, "bfloat16": torch.inf}  # nats by which sampler and trainer may disagree
+
+# --- rows, some at a time -------------------------------------------------------------------------
+
+
+def slices(rows: range, size: int) -> list[slice]:
+    """Return slices of rows, of a size but for the last; 0: all in one."""
+    starts = range(rows.start, rows.stop, size or len(rows))
+    return [slice(at, min(at + starts.step, rows.stop)) for at in starts]
+
+
+def take(r: Rollout, at: slice) -> Rollout:
+    """Return some rows, up to the last token that any of them wrote."""
+    S = int(r.turn_BS[at].any(dim=0).nonzero().max()) + 1
+    ids_BT, turn_BS, logp_BS = r.ids_BT[at, : S + 1], r.turn_BS[at, :S], r.logp_BS[at, :S]
+    return Rollout(ids_BT, turn_BS, logp_BS, [column[at] for column in r.attempts])
+
+
+def join(parts: list[Rollout], device) -> Rollout:
+    """Return the rows of all parts, in order."""
+    columns = zip(*((r.ids_BT, r.turn_BS, r.logp_BS) for r in parts), strict=True)
+    padded = (pad_sequence([row for x in column for row in x], True) for column in columns)
+    attempts = [sum(columns, []) for columns in zip(*(r.attempts for r in parts), strict=True)]
+    return Rollout(*(x.to(device) for x in padded), attempts)
+
+
+def frozen(model: GPT, weights: dict, c) -> GPT:
+    """Return a model of the same sizes with these weights, which are not trained. In float32 it
+    shares their memory; in bfloat16 its matrices are rounded here, and not at each use."""
+    with torch.device("meta"):
+        made = GPT(model.config)
+    made.load_state_dict(weights, assign=True)
+    if model.config.tied_head:
+        made.head.weight = made.embed.weight
+    made.cos, made.sin = model.cos, model.sin
+    return prepare(made.requires_grad_(False), DTYPES[c.dtype])
+
+
+def judge(r: Rollout, problems: list, task) -> torch.Tensor:
+    """Return what `grade` does; programs run side by side, in processes of their own."""
+    rows = [slice(b, b + 1) for b in range(len(problems))]
+    with ThreadPoolExecutor(max(1, os.cpu_count() // world_size())) as pool:
+        found = pool.map(lambda b: grade(take(r, b), problems[b], task), rows)
+        return torch.cat(list(found), dim=1)
+
+
+def collect(run: Run, author: GPT, K: int = 2, offline: float = 0.0):
+    """Return what `score.collect` does, each process having written and judged its own rows.
+
+    offline: share of the problems, the first, whose attempt 1 the base writes.
+    """
+    c, task = run.config, run.task
+    drawn = task.draw(c.batch // c.group, "train", run.rng)
+    noise_KBN = torch.from_numpy(run.rng.random((K, c.batch, task.max_new)))
+    problems = [problem for problem in drawn for _ in range(c.group)]
+    if author is run.policy and (world_size() > 1 or c.dtype == "bfloat16"):
+        author = frozen(author, gathered(author.state_dict()), c)
+    n, parts = round(offline * len(drawn)), []
+    for at in slices(my_rows(c.batch), c.sample_batch):
+        prompts = [task.encode(problem.prompt) for problem in problems[at][:: c.group]]
+        rows = task, prompts, noise_KBN[:, at].to(c.device), c.temperature
+        theirs = min(n - at.start // c.group, len(prompts))
+        if theirs > 0:
+            r = methods.offline_rollout(author, run.base, *rows, theirs)
+        else:
+            r = rollout(author, *rows)
+        parts.append((join([r], "cpu"), judge(r, problems[at], task).cpu()))
+    rows, rewards = zip(*all_gather(parts), strict=True)
+    return join(rows, c.device), problems, torch.cat(rewards, dim=1).to(c.device)
+
+
+# --- updates, in parts ----------------------------------------------------------------------------
+
+
+def in_chunks(terms, models: list[GPT], r: Rollout, temperature: float, chunk: int):
+    """Return `terms(*models, r, temperature)`, tensors [B, S], computed `chunk` positions at a time
+    and once more in the backward pass; 0: all at once. Each model reads the rows once, whole."""
+    ids_BS, states = r.ids_BT[:, :-1], []
+    for model in models:
+        with torch.set_grad_enabled(model.embed.weight.requires_grad):
+            states.append(model.hidden(ids_BS))
+
+    def of_chunk(ids_BC1, *states):
+        heads = [lambda _, m=m, x=x: m.head(x) for m, x in zip(models, states, strict=True)]
+        return terms(*heads, replace(r, ids_BT=ids_BC1), temperature)
+
+    again = partial(checkpoint, of_chunk, use_reentrant=False) if chunk else of_chunk
+    at = slices(range(ids_BS.shape[1]), chunk)
+    found = [again(r.ids_BT[:, x.start : x.stop + 1], *(s[:, x] for s in states)) for x in at]
+    return [torch.cat(parts, dim=1) for parts in zip(*found, strict=True)]
+
+
+def rl_update(run: Run, r: Rollout, reward_KB, paid_and_held, base: GPT) -> dict:
+    """Do what `score.rl_update` does, in parts; all processes have all rows."""
+    c, (advantage_KB, weight_K) = run.config, paid_and_held
+    if reward_KB.isnan().any(dim=0).all():
+        raise RuntimeError("no verdict on any row of the batch: the verifier has failed")
+    terms, gaps, kls = methods.k1_terms if c.kl == "k1" else token_terms, [], []
+    run.optimizer.zero_grad()
+    for at in slices(my_rows(c.batch), c.micro_batch):
+        rows = take(r, at)
+        logp_BS, kl_BS = in_chunks(terms, [run.policy, base], rows, c.temperature, c.chunk)
+        loss_B = loss(logp_BS, kl_BS, rows.turn_BS, [x[at] for x in advantage_KB], weight_K)
+        (loss_B.sum() / c.batch).backward()
+        gap_BS = (logp_BS.detach() - rows.logp_BS) * (rows.turn_BS > 0)
+        gaps.append(gap_BS.abs().max().item())
+        kls.append([(kl_BS * (rows.turn_BS == k)).sum().item() for k in (1, 2)])
+    if not (gap := torch.tensor(all_gather(gaps)).max().item()) < GAP[c.dtype]:  # nan, too
+        raise RuntimeError(f"sampler and trainer disagree by {gap:.1e} nats about a token")
+    kl1, kl2 = (sum(kl) / c.batch for kl in zip(*all_gather(kls), strict=True))
+    log = summary(r, reward_KB, run.task) | dict(kl1=kl1, kl2=kl2, gap=gap, grad_norm=descend(run))
+    return log | dict(tokens=int((r.turn_BS > 0).sum()), episodes=c.batch)
+
+
+def sft_update(run: Run, r: Rollout, mask_BS, temperature: float) -> dict:
+    """Do what `score.sft_update` does, in parts; all processes have all rows."""
+
+    def likelihood(policy, r, temperature):
+        logp_BSV = log_probs(policy(r.ids_BT[:, :-1]), temperature)
+        return (logp_BSV.gather(-1, r.ids_BT[:, 1:, None])[..., 0],)
+
+    c, tokens, losses = run.config, int(mask_BS.sum()), []
+    run.optimizer.zero_grad()
+    for at in slices(my_rows(len(mask_BS)), c.micro_batch):
+        rows = take(r, at)
+        (logp_BS,) = in_chunks(likelihood, [run.policy], rows, temperature, c.chunk)
+        part = -(logp_BS * mask_BS[at, : logp_BS.shape[1]]).sum() / tokens
+        part.backward()
+        losses.append(part.item())
+    return dict(loss=sum(all_gather(losses)), grad_norm=descend(run), tokens=tokens)
+
+
+def descend(run: Run) -> float:
+    """Take the optimizer's step down the gradient, clipped; return the norm that it had."""
+    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), 1.0, error_if_nonfinite=True)
+    run.optimizer.step()
+    return gathered(norm).item()
+
+
+# --- steps: those of study/methods.py, made of the pieces above -----------------------------------
+
+
+def base_step(run: Run) -> dict:
+    """Raise the likelihood of fresh documents, or worked answers; return what is logged."""
+    c = run.config
+    texts = run.task.documents(c.sft_batch, run.rng, run.step < c.clean * c.sft_steps)
+    r = make_rows(*texts, run.task.instruction, c.device)
+    return sft_update(run, r, r.turn_BS > 0, 1.0)
+
+
+def rl_step(
+    run, stage, K=2, paid=None, held_to=methods.the_base, offline=False, balanced=False
+) -> dict:
+    """Do what `methods.rl_step` does, or `offline_step`, or `balanced_step`."""
+    c, settings = run.config, run.optimizer.param_groups[0]
+    beta2 = settings.setdefault("beta2", c.beta2)
+    r, _, reward_KB = collect(run, run.policy, K, c.offline if offline else 0.0)
+    log = rl_update(run, r, reward_KB, stage(reward_KB, replace(c, beta2=beta2)), held_to(run))
+    if balanced:
+        target = min(max(log["acc_t2"] / max(log["kl1"], 1e-9), c.beta2 / 10), c.beta2 * 10)
+        settings["beta2"] = beta2**0.9 * target**0.1
+        log |= dict(beta2=beta2)
+    own_KB = torch.stack([(r.turn_BS == k).any(dim=1) for k in range(1, K + 1)])
+    mean_K = reward_KB.where(own_KB, torch.nan)[:paid].nanmean(dim=1)
+    log |= dict(reward=sum(mean_K.nan_to_num(0.0).tolist()))
+    return {key: x for key, x in log.items() if x == x}  # without own attempts no entropy
+
+
+def imitation_step(run: Run, author, choose) -> dict:
+    """Do what `methods.imitation_step` does."""
+    r, problems, reward_KB = collect(run, author(run))
+    rows, mask_BS = choose(run, r, problems, reward_KB)
+    log = summary(r, reward_KB, run.task) | dict(examples=mask_BS.any(dim=1).float().mean().item())
+    if not mask_BS.any():
+        return log | dict(loss=0.0, grad_norm=0.0)
+    return log | sft_update(run, rows, mask_BS, run.config.temperature)
+
+
+STEPS = {
+    methods.base_step: base_step, methods.rl_step: rl_step, methods.imitation_step: imitation_step,
+    methods.offline_step: partial(rl_step, offline=True),
+    methods.balanced_step: partial(rl_step, balanced=True),
+}  # fmt: skip
+
+
+def in_parts(phase: Phase) -> Phase:
+    """Return a phase of study/methods.py whose step is taken in parts."""
+    step = partial(phase.step)  # of a partial, the same again
+    return phase._replace(step=partial(STEPS[step.func], **step.keywords))

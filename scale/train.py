@@ -1,0 +1,210 @@
+"""How is an open checkpoint trained on files of problems, in one process or in many?
+
+As by score.py, with the same equations, phases and folder, but by steps in parts (scale/steps.py).
+A preset has the paper's settings for a data set; other options override it. Without one a toy is
+trained. speed.jsonl says what the steps took; a run that is resumed adds to it.
+
+    python -m scale.train --preset math --checkpoint FOLDER --train train.jsonl --test test.jsonl
+    python -m scale.train --resume runs/math
+    python -m scale.train --export runs/math NEW     # the last weights, as an open checkpoint
+    torchrun --nproc-per-node 2 -m -- scale.train --run runs/two
+"""
+
+import importlib
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+import score
+from model import GPT, load
+from scale import problems, processes
+from scale.memory import prepare
+from scale.steps import DTYPES, frozen, in_parts
+from study import methods
+
+# arXiv 2409.12917v2, table 5; the paper gives steps in all, their split is open: here halves. It
+# says nothing of groups, lengths, warm-up and precision.
+BOTH = (
+    "--alpha 10 --beta1 0.01 --temperature 1 --sft-steps 0 --sft-lr 1e-5 --sft-batch 64 "
+    "--sft-warmup 10 --dtype bfloat16 --micro-batch 8 --sample-batch 512 --chunk 128 --recompute 1 "
+)
+PRESETS = {
+    "math": "--run runs/math --lr 5e-6 --stage1-steps 1500 --stage2-steps 1500 --batch 512 "
+    "--beta2 0.1 --max-new 1024 " + BOTH,
+    "mbpp": "--run runs/mbpp --lr 1e-5 --stage1-steps 750 --stage2-steps 750 --batch 128 "
+    "--beta2 0.25 --max-new 512 " + BOTH,
+}
+
+
+@dataclass(frozen=True)
+class Config(methods.Config):
+    """The settings of study/methods.py, and those of large runs."""
+
+    # an open checkpoint, and files of problems
+    preset: str = ""  # math or mbpp: the paper's settings, and problems from files
+    checkpoint: str = ""  # folder of the open checkpoint that is the base
+    train: str = ""  # file of problems to train on; a tenth of them is split dev
+    test: str = ""  # file of problems to report on
+    digest: str = ""  # of both files: filled in, and held to
+    max_new: int = 0  # most tokens of an attempt
+    # memory, precision, speed: of each process
+    dtype: str = "float32"  # of matrix products, or bfloat16; weights stay float32
+    micro_batch: int = 0  # rows in one backward pass; 0: all
+    sample_batch: int = 0  # rows sampled at a time, whole groups; 0: all
+    chunk: int = 0  # positions whose distributions are in memory at a time; 0: all
+    recompute: int = 0  # 1: blocks are computed again in the backward pass
+    compile: int = 0  # 1: fuse by torch.compile, in one process: for long runs of small models
+    # the course of the run
+    sft_warmup: int = 100  # steps of warm-up of the base
+    save_every: int = 20  # steps between checkpoints
+    tensorboard: int = 0  # 1: write what is logged for TensorBoard, too
+
+    limits: ClassVar = methods.Config.limits | dict(
+        base_attempts=(2, 2), recompute=(0, 1), compile=(0, 1), save_every=(1, 10**9),
+        tensorboard=(0, 1),
+    )  # fmt: skip
+
+    def __post_init__(self):
+        super().__post_init__()
+        pool = [0] if self.preset else [self.pool]  # of files: give a shorter one
+        for name, accepted in (
+            ("preset", ["", *PRESETS]), ("dtype", [*DTYPES]), ("base", [""]), ("pool", pool)
+        ):  # fmt: skip
+            if (value := getattr(self, name)) not in accepted:
+                raise ValueError(f"--{name} must be one of {accepted}, got {value!r}")
+        for name in ("checkpoint", "train", "test", "max_new"):
+            if bool(value := getattr(self, name)) != bool(self.preset):
+                option = f"--{name}".replace("_", "-")
+                raise ValueError(f"{option} and --preset need each other, got {value!r}")
+        if self.sample_batch % self.group:
+            raise ValueError(f"--sample-batch must be a multiple of --group: {self.sample_batch}")
+        for name in ("checkpoint", "train", "test") if self.preset else ():
+            object.__setattr__(self, name, str(Path(getattr(self, name)).resolve()))
+        digest = " ".join(problems.digests(self).values()) if self.preset else ""
+        if self.digest not in ("", digest):
+            raise ValueError(f"{self.train} or {self.test} is not what the run began with")
+        object.__setattr__(self, "digest", digest)
+
+
+def new_run(c: Config, folder: Path) -> score.Run:
+    """Return a run at its first step; if it is to be shared out, on the CPU."""
+    n = processes.world_size()
+    for option, rows, each in (("--batch", c.batch, c.group), ("--sft-batch", c.sft_batch, 1)):
+        if rows % (each * n):
+            raise ValueError(f"{option} must be a multiple of {each} times {n} processes: {rows}")
+    if n > 1 and c.compile:
+        raise ValueError(f"--compile is for one process, got {n}")
+    run = methods.new_run(c, folder)
+    if c.preset:
+        run.task = problems.task(replace(c, task={"math": "math", "mbpp": "code"}[c.preset]))
+        run.policy = GPT.from_pretrained(c.checkpoint)
+    run.policy.to(c.device if n == 1 else "cpu")
+    weights = {name: x.clone() for name, x in run.policy.state_dict().items()}
+    run.base = frozen(run.policy, weights, c)
+    for gpt in (run.policy, run.base):
+        prepare(gpt, DTYPES[c.dtype], bool(c.recompute), bool(c.compile))
+    run.phases = [in_parts(phase) for phase in run.phases]
+    run.phases[0] = run.phases[0]._replace(warmup=c.sft_warmup)
+    run.optimizer = score.adamw(run.policy)
+    return run
+
+
+def peak() -> int:
+    """Return the most memory, in bytes, that this process has had: of its GPU, or resident."""
+    here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (2**10, 1)[sys.platform == "darwin"]
+    return torch.cuda.max_memory_allocated() or here
+
+
+def drive(run: score.Run) -> None:
+    """Train to the end; log, show and save as `score.drive` does, and tell what the steps took."""
+    c, main, log, board = run.config, processes.rank() == 0, run.folder / "log.jsonl", None
+    done, start = sum(x.steps for x in run.phases[: run.phase]) + run.step, time.monotonic()
+    if main and log.exists():  # what was logged after the last checkpoint comes again
+        log.write_text("".join(log.read_text().splitlines(keepends=True)[:done]))
+    if main and c.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=done + 1)
+    if not run.phases[0].steps:  # an open checkpoint is its own base
+        save_phase(run)
+    for n, row in enumerate(score.train(run), start=done + 1):
+        seconds, start = time.monotonic() - start, time.monotonic()
+        took = dict(phase=row["phase"], step=row["step"], seconds=seconds, peak_mib=peak() / 2**20)
+        took |= {f"{key}_per_s": row[key] / seconds for key in ("tokens", "episodes") if key in row}
+        if main:
+            for path, content in ((log, row), (run.folder / "speed.jsonl", took)):
+                with open(path, "a") as file:
+                    print(json.dumps(content), file=file)
+            numbers = {key: x for key, x in (row | took).items() if not isinstance(x, str)}
+            for name, x in numbers.items() if board else ():
+                board.add_scalar(name, x, n)
+            names = ("loss", "acc_t1", "acc_t2", "changed", "kl1", "kl2", "seconds")
+            shown = "  ".join(f"{key} {x:.3f}" for key, x in numbers.items() if key in names)
+            print(f"{row['phase']:>10} {row['step']:>5}  {shown}", flush=True)
+        if ended := run.step == run.phases[run.phase].steps:
+            save_phase(run)
+        if ended or run.step % c.save_every == 0:
+            processes.save(score.state_of(run), run.folder / "checkpoint.pt")
+    processes.save(score.state_of(run), run.folder / "checkpoint.pt")
+    if board:
+        board.close()
+
+
+def save_phase(run: score.Run) -> None:
+    """Write the weights that a phase ends with."""
+    about = dict(model=run.policy.state_dict(), step=run.best[1] or run.step)
+    processes.save(about, run.folder / f"{run.phases[run.phase].name}.pt")
+
+
+def export(folder: str, new: str) -> None:
+    """Write the weights of a run's last finished phase as an open checkpoint, with the tokenizer of
+    the one that it started from."""
+    run = score.open_run(Path(folder))
+    if not run.phase:
+        raise ValueError(f"{folder} has no finished phase to export")
+    run.policy.load_state_dict(load(run.folder / f"{run.phases[run.phase - 1].name}.pt")["model"])
+    run.policy.save_pretrained(new, source=run.config.checkpoint or None)
+
+
+def parse(argv: list[str]):
+    """Return what `score.parse` does, a preset's options first."""
+    preset = re.search(r"--preset[ =](\w+)", " ".join(argv))
+    return score.parse([*PRESETS.get(preset and preset[1], "").split(), *argv], Config)
+
+
+def main(argv: list[str]) -> int:
+    """Train, then evaluate; return the exit status."""
+    with processes.together():
+        other = processes.rank()
+        try:
+            if argv[:1] == ["--export"]:
+                export(*argv[1:])
+                return 0
+            folder, c = processes.on_main(parse, argv)
+            if c is not None:
+                processes.on_main(score.create, c, folder)
+            drive(processes.shard(score.open_run(folder)))
+        except KeyboardInterrupt:
+            print(f"\nstopped; go on with: python -m scale.train --resume {folder}")
+            return 130
+        except (ValueError, OSError, RuntimeError, ImportError) as error:
+            time.sleep(3 * other)  # what all have to say, the first says, and ends all
+            print(f"scale.train: error: {str(error).splitlines()[0]}", file=sys.stderr)
+            return 2
+    if other:
+        os._exit(0)  # at the interpreter's own end, torch's threads abort now and then
+    torch.cuda.empty_cache()  # the evaluation needs the memory
+    return subprocess.run([sys.executable, score.ROOT / "eval.py", str(folder)]).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(importlib.import_module("scale.train").main(sys.argv[1:]))  # one Config for all

@@ -1,0 +1,1 @@
+"""The paper's baselines and ablations: methods, runs, measures, tables, figures."""

@@ -1,0 +1,1 @@
+"""Other problems, and their verifiers."""

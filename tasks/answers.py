@@ -1,0 +1,184 @@
+r"""Is the answer of a completion right? Where it stands, and what counts as equal.
+
+The answer is the last \boxed{}. Without a box the text must *be* an answer, or plain words round
+one formula: "The sum is $5$."; nothing is searched for in prose. What the sources leave open is
+decided so:
+
+  boxes              the last one counts; another, different one in the same line: unparsed
+  percent            50\% equals 50 and 0.5; 50\% against 5000\% does not
+  rounding           decimals are exact: 0.33 is not 1/3. One of 12 or more significant digits
+                     stands for what it rounds: 0.333333333333 is 1/3
+  fractions          need not be reduced: 2/4 is 1/2. 2\frac12 and 2 1/2 are mixed numbers
+  thousands          1,234 and 1 234 are one number; (1,234) is a pair; 1, 234 are two numbers
+  units, degrees     those of tokens.UNITS, \$, and what plurals count (apples): may be missing on
+                     one side, must not differ
+  names              "x = 5", "f(x) = 5", "AB = 5", "x \in S": the name may be missing on one
+                     side; in a list only if all its names are the same
+  equations          equal up to a factor; so are inequalities, the factor being positive
+  a = b = c          says c (or what stands before a sign of approximation)
+  lists              1, 2 and {2, 1}: order and repetition are free, as in sets
+  (1, 2) [1, 2]      brackets and order count; a list without brackets is neither
+  intervals          are not inequalities: (0, 1) is not 0 < x < 1
+  a \pm b            is the list of both values
+  odd roots          of negative numbers are real: \sqrt[3]{-8} is -2
+  capitals           AB is one name, not A times B
+  text               whole words; case counts in letters that may be variables; \text{E} is E
+  e, i, \pi          are constants, other letters variables; \log has no base, \ln has e
+  12_3               may be written 12; it is never 5
+
+    python -c "from tasks import answers; print(answers.judge(r'So \boxed{\frac24}.', '0.5', 2.0))"
+"""
+
+import re
+
+from tasks import algebra, equality, latex
+from tasks.nodes import Unreadable
+from tasks.tokens import MAX_CHARS, STYLED, unit
+
+BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(\{)?")
+SEGMENT = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.S)
+SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b")
+SEPARATORS = re.compile(rf"(?:\s|\.|{SEPARATOR.pattern})*")
+LEAD_IN = re.compile(  # the last words before the one formula of a sentence
+    r"(?:.*\b(?:is|are|that|answer|therefore|thus|hence|so|matrix)\s*:?|[^:]*:)?\s*", re.I | re.S
+)
+AFTER = re.compile(r"\s*(?:is the (?:answer|solution|result)\s*)?[.!]?\s*", re.I)
+PLAIN_WORDS = re.compile(r"[A-Za-z\s.,:;'’-]*")
+DENIAL = re.compile(
+    r"\b(?:not|no|nor|never|cannot|or|and|either|except|wrong|minus|negative|root|square|half|twice"
+    r"|false|mistake|incorrect|untrue|least|most|than|about|approximately|roughly|nearly|other|far|opposite|inverse)\b|n['’]t\b",
+    re.I,
+)
+TEXT_ANSWER = re.compile(r"[A-Za-z][A-Za-z '’.,()-]*")
+STYLED_ANSWER = re.compile(r"[A-Za-z][A-Za-z0-9 '’.,()-]*")  # "June 20", in \text{} alone
+
+
+def judge(answer: str, gold: str, timeout: float) -> tuple[int | None, str, str]:
+    r"""Return (reward, status, detail) of an answer: what verify.Verdict holds. Safe in threads.
+
+    Args:
+      answer: a whole completion, or a bare answer. gold: the right answer, in the same forms, for
+        instance a solution of MATH.
+      timeout: seconds that sympy may take to prove two expressions equal.
+
+    status is "right", "wrong", "unparsed" if the answer cannot be read, "timeout" if sympy did not
+    decide in time (both reward 0), "error" if the gold answer cannot be read or the worker died
+    (reward None).
+
+    >>> judge(r"So it is $\boxed{\frac{2}{4}}$.", "0.5", 2.0)[1], judge("It is 5.", "5", 2.0)[1]
+    ('right', 'unparsed')
+    """
+    try:
+        expected = final_answer(gold)
+        if plain_text(expected) is None:
+            latex.parse(expected)
+    except Unreadable as error:
+        return None, "error", f"gold answer {gold[-50:]!r}: {error}"
+    try:
+        found = final_answer(answer)
+        if same_text(found, expected) or equality.same(found, expected, timeout):
+            return 1, "right", ""
+        return 0, "wrong", ""
+    except Unreadable as error:
+        status = "unparsed" if plain_text(answer) is None else "wrong"
+        return 0, status, f"{error}{'' if BOX.search(answer) else '; no box in the text'}"
+    except RecursionError:  # the caller stands deep in the stack already
+        return 0, "unparsed", "nested too deep"
+    except algebra.TimedOut as error:
+        return 0, "timeout", str(error)
+    except algebra.WorkerDied as error:
+        return None, "error", str(error)
+
+
+def final_answer(text: str) -> str:
+    r"""Return the answer in a completion, as latex.parse reads it: the last box, or a bare answer.
+
+    Raises:
+      Unreadable: there is no answer, or more than one.
+
+    >>> final_answer(r"Let $x=4$. So \boxed{\frac{x}{2}}."), final_answer("The sum is $5$.")
+    ('\\frac{x}{2}', '5')
+    """
+    boxes = list(BOX.finditer(text))
+    if not boxes:
+        return bare(text)
+    line = text.rfind("\n", 0, boxes[-1].start()) + 1
+    last = [box for box in boxes if box.start() >= line]
+    if len(last) > 20:
+        raise Unreadable("more than 20 boxes in one line")
+    found = [balanced(text, box.end()) if box[1] else None for box in last]
+    if found[-1] is None:
+        raise Unreadable("a box without braces, or one that is not closed")
+    inner = text[last[-1].start() : last[-1].end()] + found[-1] + "}"
+    for content in found[:-1]:  # a box round the last box says the same as that
+        if content is None or content.split() not in (found[-1].split(), inner.split()):
+            raise Unreadable("two answers in one line")
+    return clean(found[-1])
+
+
+def balanced(text: str, start: int) -> str | None:
+    """Return what stands between a brace that was opened before `start` and its closing brace."""
+    depth = 1
+    for brace in re.finditer(r"\\.|[{}]", text[start:], re.S):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[start : start + brace.start()]
+    return None
+
+
+def bare(text: str) -> str:
+    """Return a text without a box as an answer: all of it, or the one formula that it leads to."""
+    if len(text) > MAX_CHARS:
+        raise Unreadable(f"no box in more than {MAX_CHARS} characters")
+    segments = list(SEGMENT.finditer(text))
+    outside = SEGMENT.sub(" ", text)
+    if len(segments) > 1 and len(SEPARATOR.findall(outside)) < len(segments) - 1:
+        raise Unreadable("no box, and more than one formula")
+    if not segments or SEPARATORS.fullmatch(outside):
+        return clean(SEGMENT.sub(lambda match: f" {match[0].strip('$')} ", text))
+    before, after = text[: segments[0].start()], text[segments[-1].end() :]
+    lead_in = LEAD_IN.fullmatch(before) and PLAIN_WORDS.fullmatch(before)
+    if len(segments) > 1 or not lead_in or DENIAL.search(outside):
+        raise Unreadable("no box, and not one formula that plain words lead to")
+    formula = next(filter(None, segments[0].groups()))
+    mark = after.strip(" .\n")
+    if mark in ("%", r"\%") or unit(mark):
+        return clean(f"{formula} {mark}")
+    if not AFTER.fullmatch(after):
+        raise Unreadable("no box, and more than a formula")
+    return clean(formula)
+
+
+def clean(text: str) -> str:
+    r"""Return an answer without what never carries meaning: \( \) \[ \], a full stop at the end."""
+    text = re.sub(r"\\[()\[\]]", " ", text).strip().rstrip("\\").rstrip()
+    return text.removesuffix(".")
+
+
+def plain_text(text: str) -> str | None:
+    r"""Return the words that an answer is, without \text{}; None if it is not made of words."""
+    words = re.sub(rf"{STYLED}\s*\{{([^{{}}]*)\}}", r"\1", text)
+    form = STYLED_ANSWER if words != text else TEXT_ANSWER
+    words = " ".join(words.replace("$", " ").split()).strip(" .")
+    if re.fullmatch(r"\([A-Za-z]+\)", words):
+        words = words[1:-1]
+    return words if form.fullmatch(words) else None
+
+
+def same_text(a: str, b: str) -> bool:
+    r"""Return whether both answers are the same words. Case counts, unless one is in \text{}, as
+    "Yes", or cannot be variables.
+    """
+    x, y = plain_text(a), plain_text(b)
+    if x is None or y is None:
+        return False
+    words = len(x) > 1 and (r"\text" in a + b or not readable(x) or not readable(y))
+    return x == y or (words and x.lower() == y.lower())
+
+
+def readable(text: str) -> bool:
+    try:
+        latex.parse(text)
+    except Unreadable:
+        return False
+    return True

@@ -1,0 +1,157 @@
+r"""Do two answers say the same? First by their form, then exactly, at last by a proof.
+
+Both are read by `latex`. Numbers are compared as fractions, lists and intervals item by item; where
+that does not decide, `algebra` looks for a proof that a difference is zero. What the sources leave
+open is decided in the table of `answers`.
+
+    python -c "from tasks import equality; print(equality.same(r'\frac{\sqrt{8}}{4}', r'1/\sqrt2'))"
+"""
+
+import re
+import time
+from fractions import Fraction
+
+from tasks import algebra
+from tasks.latex import parse
+from tasks.nodes import add, are_numbers, has_symbol, is_equation, is_name, kind, mul, negative
+
+SURE_DIGITS = 12  # a decimal of so many significant digits stands for what it rounds
+
+
+def same(a: str, b: str, timeout: float = 2.0) -> bool:
+    r"""Return whether two answers are equal, by the policies of `answers`. Symmetric.
+
+    Raises:
+      Unreadable: one of them is not known here. algebra.TimedOut: sympy did not decide in time.
+
+    >>> same("0.5", r"\frac{2}{4}"), same("(0,1)", "[0,1)"), same("x=3", "3")
+    (True, False, True)
+    """
+    deadline = time.monotonic() + timeout
+    x, y = parse(a), parse(b)
+    if equal(x, y, deadline):
+        return True
+    half_a, half_b = sure_decimal(a), sure_decimal(b)
+    if (half_a is None) == (half_b is None):
+        return False
+    half, decimal, other = (half_a, x, y) if half_b is None else (half_b, y, x)
+    if isinstance(other, Fraction):
+        return other.denominator != 1 and abs(decimal - other) <= half
+    return kind(other) == "number" and algebra.ask("near", decimal, other, deadline, half)
+
+
+def sure_decimal(text: str) -> Fraction | None:
+    """Return half a unit in the last place of a decimal with at least SURE_DIGITS digits, or None.
+
+    >>> sure_decimal("0.333333333333"), sure_decimal("0.3333")
+    (Fraction(1, 2000000000000), None)
+    """
+    match = re.fullmatch(
+        r"\s*-?\s*(\d*)\.(\d+)(?:\s*\\(?:times|cdot)\s*10\s*\^\s*(?:\{\s*(-?\d{1,3})\s*\}|(-?\d{1,3})))?\s*",
+        text, re.ASCII,
+    )  # fmt: skip
+    if not match or len((match[1] + match[2]).lstrip("0")) < SURE_DIGITS:
+        return None
+    return Fraction(10) ** (int(match[3] or match[4] or 0) - len(match[2])) / 2
+
+
+def equal(x, y, deadline: float) -> bool:
+    """Return whether two nodes say the same."""
+    if x == y:
+        return True
+    kinds = kind(x), kind(y)
+    for mark, compare in MARKED.items():
+        if mark in kinds:
+            return compare(x, y, deadline) if kinds[0] == mark else compare(y, x, deadline)
+    if set(kinds) <= {"list", "set"}:
+        if not any(map(is_equation, x[1:])) or not any(map(is_equation, y[1:])):
+            x, y = drop_names(x), drop_names(y)
+        return matched(x[1:], y[1:], deadline)
+    if kinds[0] != kinds[1] or are_numbers(x, y):
+        return False
+    if kinds[0] == "seq":
+        return (x[1], x[-1]) == (y[1], y[-1]) and in_order(x[2:-1], y[2:-1], deadline)
+    if kinds[0] == "union":
+        return matched(x[1:], y[1:], deadline)
+    if kinds[0] in ("matrix", "ratio"):
+        return in_order(x[1:], y[1:], deadline)
+    return algebra.ask("zero", x, y, deadline)
+
+
+def equal_relation(x, y, deadline) -> bool:
+    if kind(y) == "rel":
+        return same_relation(x, y, deadline)
+    value = value_of(x)
+    return value is not None and equal(value, y, deadline)
+
+
+def equal_percent(x, y, deadline) -> bool:
+    if kind(y) == "percent":
+        return equal(x[1], y[1], deadline)
+    hundredth = mul(x[1], Fraction(1, 100))
+    return kind(y) != "unit" and (equal(x[1], y, deadline) or equal(hundredth, y, deadline))
+
+
+def equal_base(x, y, deadline) -> bool:
+    """The digits are the answer: 12_3 may be written 12, never 5."""
+    return x[1].isdigit() and len(x[1]) < 1000 and y == Fraction(x[1])
+
+
+def equal_unit(x, y, deadline) -> bool:
+    if kind(y) == "unit":
+        return x[2] == y[2] and equal(x[1], y[1], deadline)
+    return equal(x[1], y, deadline)
+
+
+MARKED = {"rel": equal_relation, "percent": equal_percent, "base": equal_base, "unit": equal_unit}
+
+
+def in_order(xs, ys, deadline) -> bool:
+    return len(xs) == len(ys) and all(equal(x, y, deadline) for x, y in zip(xs, ys, strict=True))
+
+
+def matched(xs, ys, deadline) -> bool:
+    """Return whether each item has its equal on the other side: order and repetition are free."""
+
+    def found(x, items):  # "x = 1, y = 2" is not "2, 1": no name is dropped from a single item
+        return any(
+            (kind(x) == "rel") == (kind(y) == "rel") and equal(x, y, deadline) for y in items
+        )
+
+    xs, ys = dict.fromkeys(xs), dict.fromkeys(ys)
+    if len(xs) != len(ys):  # as many, or "10, 0.1" would be 10 %
+        return False
+    return all(found(x, ys) for x in xs) and all(found(y, xs) for y in ys)
+
+
+def value_of(x):
+    """Return the value in "x = 5", "5 = x", "2 + 3 = 5" or "x in S"; None if there is none."""
+    if x[1] not in (("=",), ("in",)):
+        return None
+    left, right = x[2:]
+    if not has_symbol(left):
+        return left if is_name(right) else right
+    return right if is_name(left) else None
+
+
+def drop_names(x):
+    """Return a list with "x =" dropped from its items, if all that have a name have the same."""
+    named = [item for item in x[1:] if is_equation(item)]
+    if not named or any(item[2] != named[0][2] or not is_name(item[2]) for item in named):
+        return x
+    return (x[0], *(item[3] if item in named else item for item in x[1:]))
+
+
+def same_relation(x, y, deadline) -> bool:
+    """Return whether two equations or inequalities differ by a factor alone (positive for < )."""
+    if x[1] != y[1]:
+        return False
+    if in_order(x[2:], y[2:], deadline):
+        return True
+    if len(x[1]) > 1 or x[1] == ("in",) or {kind(part) for part in x[2:] + y[2:]} != {"number"}:
+        return False
+    sides = [add(part[2], negative(part[3])) for part in (x, y)]
+    if not all(has_symbol(side) for side in sides):
+        return False
+    what = "positive factor" if x[1][0] in ("<", "<=") else "factor"
+    return algebra.ask(what, *sides, deadline)

@@ -1,0 +1,84 @@
+"""How are two programs timed so that they can be compared? In turns, in one process.
+
+Each round runs every one of them once, so that whatever slows the machine slows all; what is told
+is the median of the rounds with the least and the most.
+"""
+
+import ctypes
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "tests/results"
+ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+KERNELS = (
+    "aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise", ATTENTION,
+    ATTENTION + "_backward",
+)  # fmt: skip
+
+
+def keep_memory() -> None:
+    """Let Linux's C library keep what is freed. Else it goes back to the system and comes again
+    page by page, or does not, as the heap happens to lie: up to a third of the time, on any side.
+    """
+    if sys.platform == "linux":
+        for name, most in ((-1, 2**31 - 1), (-3, 2**25)):  # thresholds of trimming and of mapping
+            ctypes.CDLL(None).mallopt(name, most)
+
+
+def in_turns(works: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each work in each round, after one round that is not told."""
+    seconds = {name: [] for name in works}
+    for i in range(rounds + 1):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def in_kernels(work: Callable) -> float:
+    """Return the share of a work's time that matrix products and attention take: their seconds, as
+    the profiler counts them, of the seconds without a profiler, the median of three pairs."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines
+    shares = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - start
+        with torch.profiler.profile() as profiler:
+            work()
+        own = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+        shares.append(sum(own.get(name, 0.0) for name in KERNELS) / 1e6 / seconds)
+    return statistics.median(shares)
+
+
+def about() -> dict:
+    """Return the commit, with "+" if files differ from it, and where this is measured."""
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
+
+    changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return dict(
+        commit=git("rev-parse", "--short", "HEAD").strip() + changed, torch=torch.__version__,
+        threads=torch.get_num_threads(), machine=f"{platform.system()} {platform.machine()}",
+    )  # fmt: skip
+
+
+def write(found: dict, name: str, part: bool) -> Path:
+    """Write results as JSON to tests/results, or those of a part to this folder; return where."""
+    path = Path(name) if part else RESULTS / name
+    path.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"wrote {path}")
+    return path

@@ -1,0 +1,108 @@
+"""The ports to libraries pass check_port with what each is to have, and do not only compute."""
+
+import importlib
+import re
+import warnings
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import score
+from ports import check_port
+from rollout import addition
+
+CASES = check_port.contract()
+PORTS = {  # library, dtype, the quantities that the port has
+    "jax_port": ("jax", "float64", r"stage\d_(token_\w+|(exact|k1)_(loss|gradient))"),
+    "trl_port": ("trl", "float32", r"stage\d_k1_grad_(norm|norms|entries)"),
+    "verl_port": ("verl", "float64", r"stage\d_k1_gradient"),
+}
+quiet = pytest.mark.filterwarnings("ignore")  # the libraries' own
+
+
+def load(name):
+    """Return a port, or skip the test where its library is not installed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip(PORTS[name][0])
+        return importlib.import_module(f"ports.{name}")
+
+
+@quiet
+@pytest.mark.parametrize("name", PORTS)
+def test_a_port_passes_check_port(name):
+    _, dtype, quantities = PORTS[name]
+    found = check_port.check(load(name).results(), CASES)
+    assert check_port.first_difference(found, check_port.TOLERANCE[dtype]) is None
+    there = {quantity for (quantity, _), verdict in found.items() if verdict}
+    assert there == {x for x in check_port.ORDER if re.fullmatch(quantities, x)}
+
+
+def test_the_loop_in_jax_holds_attempt_1_in_stage_1_and_learns_both_in_stage_2():
+    """A flat base is right at one token in five. The seed is fixed: nothing is left to chance."""
+    port = load("jax_port")
+    (held, corrected), final = port.train(200, port.jax.random.key(0))
+    assert abs(held - 0.2) < 0.15 and corrected > 0.8
+    assert min(final) > 0.9
+
+
+@quiet
+def test_trl_samples_the_second_turn_after_the_first_and_moves_the_policy_alone(tmp_path):
+    port, c = load("trl_port"), score.Config(batch=8, group=4, warmup=0)
+    task, calls = addition(c), []
+    problems = task.draw(4, "train", np.random.default_rng(0))
+    score.new_run(c, tmp_path).policy.save_pretrained(tmp_path / "base")
+
+    def odd(completion_ids, **_):
+        return [float(sum(ids) % 2) for ids in completion_ids]
+
+    given = task, problems, c, score.stage2, 2, tmp_path / "out", [odd, odd]
+    trainer = port.make_trainer(tmp_path / "base", *given)
+    write = trainer._generate_single_turn
+
+    def watched(contexts, *more):
+        calls.append((contexts, write(contexts, *more)[0]))
+        return calls[-1][1], None
+
+    trainer._generate_single_turn = watched
+    trainer.train()
+    assert len(trainer.clock.seconds) == 2 and len(calls) == 4
+    (x1s, y1s), (contexts, y2s) = calls[:2]
+    assert x1s[:4] == [x1s[0]] * 4 and task.decode(x1s[0]) in {x.prompt for x in problems}
+    pairs = zip(x1s, y1s, strict=True)
+    assert contexts == [x1 + y1 + task.instruction for x1, y1 in pairs]
+    for ids in y1s + y2s:
+        assert len(ids) <= task.max_new and task.end_id not in ids[:-1]
+        assert len(ids) == task.max_new or ids[-1] == task.end_id
+    base = type(trainer.model).from_pretrained(tmp_path / "base").state_dict()
+    assert not any(torch.equal(base[name], x) for name, x in trainer.model.state_dict().items())
+    assert all(torch.equal(base[name], x) for name, x in trainer.ref_model.state_dict().items())
+
+
+def test_rewards_in_trl_are_the_verifiers(tmp_path):
+    port, task = load("trl_port"), addition(score.Config(size=2))
+    problems = [port.verify.Problem("12+34=", "46"), port.verify.Problem("10+10=", "20")]
+    ids = [*task.encode("046"), task.end_id, *task.instruction, *task.encode("046")]
+    turn = [1] * 4 + [0] + [2] * 3  # the second attempt has no end
+    given = dict(completion_ids=[ids, ids], turn=[turn, turn], problem=[0, 1])
+    assert port.reward_of(1, task, problems)(**given) == [1, 0]
+    assert port.reward_of(2, task, problems)(**given) == [0, 0]
+
+
+@quiet
+def test_the_toy_trains_in_trl_by_the_command(monkeypatch, capsys):
+    port = load("trl_port")
+    monkeypatch.setattr(port.score, "Config", partial(score.Config, batch=4, size=2))
+    port.main([])
+    assert re.search(r"seconds a step, median: \d", capsys.readouterr().out)
+
+
+@quiet
+def test_verl_needs_as_many_rows_of_each_problem():
+    port = load("verl_port")
+    mask = torch.ones(3, 2)
+    with pytest.raises(ValueError, match="from 1 to 2 rows"):
+        batch = dict(response_mask=mask, token_level_scores=mask)
+        port.score_advantage(batch, np.array(["a", "b", "a"]), {"score": {}})

@@ -1,0 +1,192 @@
+"""From an open checkpoint and files of problems to a report, and what a run is held to."""
+
+import json
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import eval as evaluation
+import score
+from model import GPT, Block, load
+from scale import memory, train
+from tests.scale import tiny, wide
+from tests.scale.test_problems import GSM8K, HUMANEVAL, MBPP
+
+SMALL = dict(
+    sft_batch=8, sft_lr=1e-2, stage1_steps=1, stage2_steps=1, batch=8, group=2, micro_batch=3,
+    sample_batch=4, max_new=24, eval_n=3, chunk=50,
+)  # fmt: skip
+ROWS = {"math": (GSM8K[:40], GSM8K[40:]), "mbpp": (MBPP, HUMANEVAL)}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.checkpoint(tmp_path_factory.mktemp("checkpoint") / "model")
+
+
+@pytest.fixture
+def options(tmp_path, checkpoint, monkeypatch):
+    """Return a function that writes two files of rows into the current folder, and returns a
+    command line with changes."""
+    monkeypatch.chdir(tmp_path)
+    here = SimpleNamespace(run=lambda argv: SimpleNamespace(returncode=evaluation.main(argv[2:])))
+    monkeypatch.setattr(train, "subprocess", here)  # evaluates without a second Python
+
+    def write(kind, /, **changes):
+        for name, rows in zip(("train", "test"), ROWS[kind], strict=True):
+            Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        given = dict(preset=kind, checkpoint=checkpoint, train="train.jsonl", test="test.jsonl")
+        given |= SMALL | changes
+        return [f"--{key.replace('_', '-')}={x}" for key, x in given.items()]
+
+    return write
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_math_from_checkpoint_to_report_and_export(tmp_path, options, capfd, monkeypatch):
+    """Worked answers, Stage I, Stage II, table, in one line; then an open checkpoint again."""
+    assert train.main(options("math", dtype="float32", sft_steps=6)) == 0
+    out, folder = capfd.readouterr().out, tmp_path / "runs/math"
+    assert "| SCoRe |" in out and "3 held-out problems (test)" in out
+    log, speed = lines(folder / "log.jsonl"), lines(folder / "speed.jsonl")
+    assert [row["phase"] for row in log] == ["base"] * 6 + ["stage1", "score"]
+    assert log[5]["loss"] < log[0]["loss"] - 0.1  # it learns to answer
+    for row in log[6:]:
+        assert row["gap"] < 1e-3 and row["unjudged"] == 0 and 1 < row["entropy2"] < 7
+    assert abs(log[6]["kl1"]) < 1e-5  # the policy is still the base
+    assert [row["step"] for row in speed] == [row["step"] for row in log]
+    assert all(row["tokens_per_s"] > 0 and row["peak_mib"] > 50 for row in speed)
+    assert "episodes_per_s" in speed[6]
+    report = json.loads((folder / "report.json").read_text())
+    assert list(report["phases"]) == ["base", "stage1", "score"]
+
+    monkeypatch.chdir("/")
+    assert train.main(["--export", str(folder), str(tmp_path / "open")]) == 0
+    again, kept = GPT.from_pretrained(tmp_path / "open").state_dict(), load(folder / "score.pt")
+    assert all(torch.equal(x, again[name]) for name, x in kept["model"].items())
+    assert (tmp_path / "open/tokenizer.json").is_file()
+
+
+def test_programs_in_bfloat16(tmp_path, options):
+    """With the preset's precision; the base computes what the policy does, so that their KL is 0
+    until the policy changes."""
+    assert train.main(options("mbpp", method="multi_turn", batch=4, eval_n=2)) == 0
+    first, _ = lines(tmp_path / "runs/mbpp/log.jsonl")
+    assert abs(first["kl1"]) < 1e-6 and abs(first["kl2"]) < 1e-6 < first["gap"] < 0.2
+    run = score.open_run(tmp_path / "runs/mbpp")
+    narrow = {x for x, weight in run.base.named_parameters() if weight.dtype == torch.bfloat16}
+    assert narrow == {x for x, weight in run.base.named_parameters() if "norm" not in x
+                      and not x.endswith("bias") and x != "embed.weight"}  # fmt: skip
+    assert {weight.dtype for weight in run.policy.parameters()} == {torch.float32}
+    assert {type(block) for block in run.policy.blocks} == {memory.RecomputedBlock}
+
+
+def test_presets_have_the_papers_settings_and_others_override_them(options):
+    """arXiv 2409.12917v2, table 5."""
+    names = (
+        "lr",
+        "stage1_steps",
+        "stage2_steps",
+        "batch",
+        "alpha",
+        "beta1",
+        "beta2",
+        "temperature",
+    )
+    for preset, paper in (
+        ("math", (5e-6, 1500, 1500, 512, 10, 0.01, 0.1, 1)),
+        ("mbpp", (1e-5, 750, 750, 128, 10, 0.01, 0.25, 1)),
+    ):
+        given = options(preset)[:4]  # the files
+        for argv in (given, [given[0].replace("=", " "), *given[1:]]):
+            c = train.parse(" ".join(argv).split())[1]
+            assert tuple(getattr(c, name) for name in names) == paper
+        assert train.parse([*given, "--lr=0.5"])[1].lr == 0.5
+
+
+def test_policy_and_base_are_compiled(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(Block, "compile", lambda block, **_: compiled.append(block))
+    run = train.new_run(train.Config(**wide.SMALL, compile=1), tmp_path)
+    assert compiled == [*run.policy.blocks, *run.base.blocks]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(preset="mat"), "--preset must be one of"),
+        (dict(preset="", max_new=0), "--checkpoint and --preset need each other"),
+        (dict(train=""), "--train and --preset need each other"),
+        (dict(max_new=4000), "takes up to"),
+        (dict(checkpoint="/nowhere"), "/nowhere/config.json"),
+        (dict(test="/nowhere.jsonl"), "/nowhere.jsonl"),
+        (dict(sample_batch=3), "--sample-batch must be a multiple of --group: 3"),
+        (dict(dtype="float16"), "--dtype must be one of"),
+        (dict(pool=20), "--pool must be one of [0]"),
+        (dict(base="runs/x"), "--base must be one of"),
+    ],
+)
+def test_what_cannot_start_is_one_line_and_leaves_nothing(
+    tmp_path, options, capsys, changes, words
+):
+    assert train.main(options("math", run=tmp_path / "run", **changes)) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_run_is_bound_to_its_files(tmp_path, options, capsys):
+    folder, c = train.parse(options("math"))
+    score.create(c, folder)
+    with open("train.jsonl", "a") as file:
+        file.write("\n" + json.dumps(GSM8K[0]))
+    assert train.main(["--resume", str(folder)]) == 2
+    assert "train.jsonl or" in (error := capsys.readouterr().err) and error.count("\n") == 1
+
+
+def outcome(folder):
+    """Return what a run leaves, but for its times."""
+    found = {path.name: load(path) for path in folder.glob("*.pt")}
+    return [(folder / "log.jsonl").read_text(), json.dumps(found, default=torch.Tensor.tolist)]
+
+
+@pytest.mark.parametrize("steps", [7, 10])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, steps):
+    """Also with a beta2 that moves; every other step is saved, and the log is cut back to it."""
+    settings = wide.SMALL | wide.PARTS | dict(adaptive_beta2=1, offline=0.4, sft_steps=6)
+    settings |= dict(save_every=2)
+    for name in ("whole", "killed"):
+        score.create(train.Config(**settings), tmp_path / name)
+    train.drive(score.open_run(tmp_path / "whole"))
+    run, left = score.open_run(tmp_path / "killed"), iter(range(steps))
+
+    def counted(step, run):
+        next(left)
+        return step(run)
+
+    run.phases = [x._replace(step=partial(counted, x.step)) for x in run.phases]
+    with pytest.raises((StopIteration, RuntimeError)):
+        train.drive(run)
+    train.drive(score.open_run(tmp_path / "killed"))
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    assert len(lines(tmp_path / "killed/speed.jsonl")) == {7: 12, 10: 11}[steps]
+
+
+def test_tensorboard_is_shown_every_step_once(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    c = train.Config(**wide.SMALL | dict(tensorboard=1, sft_steps=4, save_every=3, method="base"))
+    run = score.open_run(score.create(c, tmp_path / "run"))
+    run.phases[0] = run.phases[0]._replace(steps=3)
+    train.drive(run)
+    found = events.EventAccumulator(str(tmp_path / "run/tensorboard"))
+    found.Reload()
+    log = lines(tmp_path / "run/log.jsonl")
+    for name in ("loss", "seconds"):
+        assert [x.step for x in found.Scalars(name)] == [1, 2, 3]
+    shown = [x.value for x in found.Scalars("loss")]
+    assert shown == pytest.approx([row["loss"] for row in log])

@@ -1,0 +1,492 @@
+"""Each method against its definition: phases, gradients, examples; and it goes on bit for bit."""
+
+import copy
+import json
+import math
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import model
+import rollout
+import score
+import verify
+from study import methods
+from tests import truth
+
+TINY = dict(
+    size=1, n_layer=1, d_model=8, d_ff=8, sft_steps=4, sft_batch=8, stage1_steps=3, stage2_steps=3,
+    batch=8, group=2, warmup=1, eval_n=10,
+)  # fmt: skip
+
+
+def made(folder: Path, **changes) -> score.Run:
+    return score.open_run(score.create(methods.Config(**TINY | changes), folder))
+
+
+def trained(folder: Path, **changes) -> list[dict]:
+    """Return the log of a tiny run."""
+    score.drive(made(folder, **changes))
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def weights(path: Path) -> dict:
+    return model.load(path)["model"]
+
+
+def same(a: dict, b: dict) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- the truth: gradients of enumerated objectives ------------------------------------------------
+
+SETTINGS = dict(
+    single_turn={}, gamma=dict(leak=0), leak=dict(gamma=0.0, leak=1), stage1={}, stage2={}
+)
+STAGES = dict(
+    single_turn=methods.single_turn, gamma=methods.mistaken, leak=methods.mistaken,
+    stage1=score.stage1, stage2=score.stage2,
+)  # fmt: skip
+
+
+class Oracle(truth.Oracle):
+    """Knows slopes along three random directions: as sharp as one for each weight, and sooner."""
+
+    @cached_property
+    @torch.no_grad()
+    def slopes(self) -> tuple[torch.Tensor, dict]:
+        weights, found, h = list(self.policy.parameters()), {}, 2e-4
+        start = torch.nn.utils.parameters_to_vector(weights)
+        noise = torch.randn(3, len(start), generator=torch.Generator().manual_seed(0)).double()
+        directions = noise / noise.norm(dim=1, keepdim=True)
+        for direction in directions:
+            j = {}
+            for k in (-2, -1, 1, 2):
+                torch.nn.utils.vector_to_parameters(start + k * h * direction, weights)
+                j[k] = self.objectives()
+            for s in j[1]:
+                slope = (j[-2][s] - 8 * j[-1][s] + 8 * j[1][s] - j[2][s]) / (12 * h)
+                found.setdefault(s, []).append(slope)
+        torch.nn.utils.vector_to_parameters(start, weights)
+        return directions, {s: torch.tensor(x, dtype=torch.float64) for s, x in found.items()}
+
+    def error(self, stage, pay, terms) -> float:
+        found = truth.expected_gradient(truth.load_program(), self, pay, terms)
+        return truth.relative_error(self.slopes[0] @ found, self.slopes[1][stage])
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return Oracle()
+
+
+@pytest.mark.parametrize(
+    ("stage", "terms"),
+    [("single_turn", None), ("gamma", None), ("leak", None)]
+    + [(stage, methods.k1_terms) for stage in ("stage1", "stage2", "single_turn")],
+)
+def test_expected_gradients_are_those_of_the_enumerated_objectives(oracle, stage, terms):
+    settings = SimpleNamespace(**vars(truth.SETTINGS) | SETTINGS[stage])
+
+    def pay(reward_KB, _):
+        return STAGES[stage](reward_KB, settings)
+
+    assert oracle.error(stage, pay, terms) <= 1e-8
+
+
+def test_the_value_of_a_sampled_kl_has_no_gradient_of_its_own(oracle):
+    """Which is why `k1_terms` gives it another: differentiated as it is, it misses the truth."""
+
+    def wrong(policy, base, r, temperature):
+        logp_BS, _ = methods.k1_terms(policy, base, r, temperature)
+        return logp_BS, logp_BS - methods.k1_terms(base, base, r, temperature)[0].detach()
+
+    assert oracle.error("stage1", score.stage1, wrong) > 1e-3
+
+
+# --- a step: row by row, from the definitions -----------------------------------------------------
+
+REWARDS = [
+    [1.0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 0, 1],
+    [1.0, 1, 0, 0, 1, 0, 1, 0, 0, 1, 1, 0],
+    [0.0, 1, 1, 0, 1, 0, 0, 1, 0, 0, 1, 1],
+]
+STEP = TINY | dict(batch=12, group=3, temperature=0.7, alpha=4.0, beta1=0.3, beta2=0.8)
+
+
+def prepared(monkeypatch, folder, **changes):
+    """Return a float64 run at its last phase, whose base, and whose policy after the phase before,
+    differ from its policy; and what its step will have seen. Rewards are REWARDS."""
+    run, seen = made(folder, **STEP | changes), {}
+    run.policy.double(), run.base.double()
+    for size, other in ((0.1, run.base), (0.2, copy.deepcopy(run.base))):
+        with torch.no_grad():
+            for i, weight in enumerate(other.parameters()):
+                weight.add_(size * torch.cos(torch.arange(weight.numel()).view(weight.shape) + i))
+    run.phase, run.rng = len(run.phases) - 1, np.random.default_rng(5)
+    model.save(dict(model=other.state_dict()), folder / f"{run.phases[run.phase - 1].name}.pt")
+    seen["before"] = other
+    real = rollout.rollout
+
+    def update(run, r, reward_KB, paid_and_held, base, real=methods.rl_update):
+        seen.update(r=r, base=base)
+        return real(run, r, reward_KB, paid_and_held, base)
+
+    def sampled(author, task, prompts, noise_KBN, temperature):
+        seen.setdefault("authors", []).append((author, len(noise_KBN), temperature))
+        return real(author, task, prompts, noise_KBN, temperature)
+
+    def graded(r, problems, task):
+        seen["problems"] = problems
+        return torch.tensor(REWARDS[: len(r.attempts)]).double()
+
+    for module in (score, methods):
+        monkeypatch.setattr(module, "grade", graded)
+        monkeypatch.setattr(module, "rollout", sampled)
+    monkeypatch.setattr(methods, "rl_update", update)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_, **__: torch.tensor(0.0))
+    monkeypatch.setattr(run.optimizer, "step", lambda: None)
+    return run, seen
+
+
+def others(values, b, G=3):
+    group = [values[i] for i in range(b // G * G, b // G * G + G) if i != b]
+    return sum(group) / len(group)
+
+
+def by_rows(run, r, reference, earned, held, offline=0, kl="exact"):
+    """Return the gradient of one step, token by token. earned: by attempt and row, None of an
+    attempt that is not paid; held: the weight of each attempt's KL."""
+    c, loss = run.config, 0.0
+    policy = copy.deepcopy(run.policy)
+    policy.zero_grad()
+    for b, x in enumerate(zip(*r.attempts, strict=True)):
+        ids = r.ids_BT[b : b + 1]
+        p, q = (torch.log_softmax(m(ids)[0] / c.temperature, -1) for m in (policy, reference))
+        start = ids[0].tolist().index(11)  # the prompt ends with "="
+        for turn, attempt in enumerate(x):
+            steps = range(start, start + len(attempt))
+            assert ids[0, start + 1 : start + 1 + len(attempt)].tolist() == attempt
+            start += len(attempt) + 1
+            if turn == 0 and b < offline:
+                continue
+            came = [p[s, ids[0, s + 1]] for s in steps]
+            if kl == "exact":
+                cost = [
+                    sum(math.e ** p[s, v] * (p[s, v] - q[s, v]) for v in range(14)) for s in steps
+                ]
+                future = [sum(x.item() for x in cost[i + 1 :]) for i in range(len(cost))]
+            else:  # the gradient of the sampled KL is its value at this token, too
+                cost = [0.0 * x for x in came]
+                k1 = [(p[s, ids[0, s + 1]] - q[s, ids[0, s + 1]]).item() for s in steps]
+                future = [sum(k1[i:]) for i in range(len(k1))]
+            pay = 0.0 if earned[turn] is None else earned[turn][b] - others(earned[turn], b)
+            for x, now, later in zip(came, cost, future, strict=True):
+                loss = loss + held[turn] * (now + x * later) - pay * x
+    (loss / c.batch).backward()
+    return [w.grad for w in policy.parameters()]
+
+
+def shaped(k):
+    return [new + 4.0 * (new - old) for old, new in zip(REWARDS[k - 1], REWARDS[k], strict=True)]
+
+
+STEPS = {  # settings; attempts that are paid, and held; rows of the base; the training reward
+    "single turn": (dict(method="single_turn"), [REWARDS[0], None], [0.3, 0], 0, 5 / 12),
+    "all offline": (dict(offline=1.0), [None, shaped(1)], [0, 0.3], 12, 6 / 12),
+    "half offline": (dict(offline=0.5), [REWARDS[0], shaped(1)], [0.3, 0.3], 6, 2 / 6 + 6 / 12),
+    "without bonus": (dict(method="multi_turn"), REWARDS[:2], [0.3, 0.3], 0, 11 / 12),
+    "sampled KL": (dict(kl="k1"), [REWARDS[0], shaped(1)], [0.3, 0.3], 0, 11 / 12),
+    "three": (
+        dict(method="three_turn"), [REWARDS[0], shaped(1), shaped(2)], [0.3] * 3, 0, 17 / 12,
+    ),
+    "three, Stage I (b)": (
+        dict(method="three_turn"), [None, None, REWARDS[2]], [1.1, 1.1, 0.3], 0, 17 / 12,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_whole_step_takes_the_gradient_of_its_definition(monkeypatch, tmp_path, name):
+    changes, earned, held, offline, reward = STEPS[name]
+    run, seen = prepared(monkeypatch, tmp_path / "run", **changes)
+    reference = run.base
+    if name == "three, Stage I (b)":  # held to what the phase before has left
+        run.phases.pop()
+        run.phase, reference = 2, seen["before"]
+        model.save(dict(model=reference.state_dict()), run.folder / "stage1.pt")
+    log = run.phases[-1].step(run)
+    assert same(seen["base"].state_dict(), reference.state_dict())
+    expected = by_rows(run, seen["r"], reference, earned, held, offline, run.config.kl)
+    for weight, gradient in zip(run.policy.parameters(), expected, strict=True):
+        torch.testing.assert_close(weight.grad, gradient, rtol=1e-6, atol=1e-9)
+    assert log["reward"] == pytest.approx(reward)
+    authors = [(run.policy, len(earned))] if not offline else [(run.base, 1), (run.policy, 1)]
+    assert [x[:2] for x in seen["authors"][: len(authors)]] == authors
+    assert {x[2] for x in seen["authors"]} == {0.7}
+
+
+def test_offline_attempts_are_context_and_all_others_are_as_ever(monkeypatch, tmp_path):
+    """The base's attempts are those that it writes by itself; of none of its own, the rows and
+    log-probabilities are those of the sampler."""
+    run, _ = prepared(monkeypatch, tmp_path / "run")
+    task, prompts = run.task, [run.task.encode(x) for x in ("1+2=", "3+4=", "9+9=")]
+    noise = torch.tensor(np.random.default_rng(0).random((2, 6, task.max_new)))
+    theirs, ours = (rollout.rollout(m, task, prompts, noise, 0.7) for m in (run.base, run.policy))
+    assert theirs.attempts[0] != ours.attempts[0]
+    r = methods.offline_rollout(run.policy, run.base, task, prompts, noise, 0.7, 0)
+    assert r.attempts == ours.attempts and torch.equal(r.turn_BS, ours.turn_BS)
+    torch.testing.assert_close(r.logp_BS, ours.logp_BS, rtol=0, atol=1e-12)
+    r = methods.offline_rollout(run.policy, run.base, task, prompts, noise, 0.7, 2)
+    assert r.attempts[0] == theirs.attempts[0][:4] + ours.attempts[0][4:]
+    assert (r.turn_BS == 1).any(dim=1).tolist() == [False] * 4 + [True] * 2
+    assert (r.turn_BS == 2).sum(dim=1).tolist() == list(map(len, r.attempts[1]))
+    assert not r.logp_BS[r.turn_BS == 0].any() and r.attempts[1][4:] == ours.attempts[1][4:]
+
+
+def test_adaptive_beta2_is_drawn_to_the_balance_and_kept_in_bounds(monkeypatch, tmp_path):
+    run, found = made(tmp_path / "run", **TINY, adaptive_beta2=1, beta2=0.1), {}
+    paid = []
+    monkeypatch.setattr(methods, "rl_step", lambda run, stage: paid.append(stage) or dict(found))
+    for kl1, end in ((2.0, 0.3), (0.0, 1.0), (1e9, 0.01)):
+        found.update(acc_t2=0.6, kl1=kl1)
+        beta2 = [run.phases[1].step(run)["beta2"] for _ in range(200)]
+        assert beta2[-1] == pytest.approx(end)
+        if kl1 == 2.0:
+            assert beta2[:2] == [0.1, pytest.approx(0.1 * 3**0.1)]
+    reward_KB, c = torch.zeros(2, 8), run.config
+    assert paid[1](reward_KB, c)[1] == (pytest.approx(c.beta1 + 0.1 * 3**0.1), c.beta1)
+
+
+# --- imitation ------------------------------------------------------------------------------------
+
+
+def numbered(n):
+    """Return rows whose attempts are two digits that name row and turn: 01, 02, 11, 12, .."""
+    attempts = [[[b, k, 12] for b in range(n)] for k in (1, 2)]
+    return rollout.make_rows([[1, 10, 1, 11]] * n, attempts, [13], "cpu")
+
+
+def chosen(rows, mask_BS):
+    """Return {row: the digits that are imitated in it}."""
+    ids_BS = rows.ids_BT[:, 1:]
+    return {
+        b: tuple(ids_BS[b][mask_BS[b]].tolist()[:2]) for b in range(len(ids_BS)) if mask_BS[b].any()
+    }
+
+
+def test_star_imitates_rows_that_went_from_wrong_to_right():
+    reward_KB = torch.tensor([[0.0, 0, 1, 1], [1, 0, 1, 0]])
+    for plus, expected in ((False, {0: (0, 2)}), (True, {0: (0, 2), 2: (2, 2)})):
+        rows, mask_BS = methods.star_examples(None, numbered(4), None, reward_KB, plus)
+        assert chosen(rows, mask_BS) == expected and int(mask_BS.sum()) == 3 * len(expected)
+
+
+def test_pair_sft_draws_among_all_right_answers_to_the_same_problem(tmp_path):
+    """Rows 0-2 are one problem with right answers 11 and 22, rows 3-5 one with 41, rows 6-8 one
+    without any."""
+    run = made(tmp_path / "run", batch=9, group=3)
+    run.rng, problems = np.random.default_rng(0), [verify.Problem("1+1=", "2")] * 9
+    reward_KB = torch.tensor([[0.0, 1, 0, 0, 1, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0, 0, 0]])
+    seen = {}
+    for _ in range(200):
+        rows, mask_BS = methods.pair_examples(run, numbered(9), problems, reward_KB, False)
+        assert rows.attempts[0] == numbered(9).attempts[0]
+        for b, digits in chosen(rows, mask_BS).items():
+            seen.setdefault(b, []).append(digits)
+    assert {b: set(found) for b, found in seen.items()} == {
+        0: {(1, 1), (2, 2)}, 2: {(1, 1), (2, 2)}, 3: {(4, 1)}, 5: {(4, 1)}
+    }  # fmt: skip
+    assert all(len(found) == 200 for found in seen.values())
+    assert 70 < seen[0].count((1, 1)) < 130
+    plus = methods.pair_examples(run, numbered(9), problems, reward_KB, True)
+    assert list(chosen(*plus)) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("method", ["star_stage2", "pair_sft"])
+def test_imitation_learns_second_attempts_of_its_author(monkeypatch, tmp_path, method):
+    """STaR's author after Stage I is the policy, Pair-SFT's the base. The gradient is that of the
+    mean negative log-likelihood of the imitated tokens, given problem and first attempt."""
+    run, seen = prepared(monkeypatch, tmp_path / "run", method=method)
+    real, learned = score.sft_update, []
+    monkeypatch.setattr(score, "sft_update", lambda *x: learned.append(x[1:3]) or real(*x))
+    log = run.phases[-1].step(run)
+    ((author, _, temperature),), ((rows, mask_BS),) = seen["authors"], learned
+    expected = run.base if method == "pair_sft" else run.policy
+    assert same(author.state_dict(), expected.state_dict()) and temperature == 0.7
+    examples = {b: rows.attempts[1][b] for b in chosen(rows, mask_BS)}
+    assert {1, 6, 10} <= set(examples) and (method == "pair_sft" or len(examples) == 3 + 3)
+    policy, loss, tokens = copy.deepcopy(run.policy), 0.0, 0
+    policy.zero_grad()
+    for b, second in examples.items():
+        context = [*run.task.encode(seen["problems"][b].prompt), *rows.attempts[0][b], 13]
+        logp = torch.log_softmax(policy(torch.tensor([context + second]))[0] / 0.7, -1)
+        loss = loss - sum(logp[len(context) - 1 + i, x] for i, x in enumerate(second))
+        tokens += len(second)
+    (loss / tokens).backward()
+    assert log["examples"] == pytest.approx(len(examples) / 12) and "reward" not in log
+    for weight, mine in zip(run.policy.parameters(), policy.parameters(), strict=True):
+        torch.testing.assert_close(weight.grad, mine.grad, rtol=1e-6, atol=1e-9)
+
+
+def test_nothing_to_imitate_changes_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(score, "grade", lambda r, problems, task: torch.zeros(2, len(problems)))
+    for method in ("star_plus", "pair_sft_plus"):
+        rows = trained(tmp_path / method, method=method)
+        assert all(row["examples"] == 0 == row["loss"] for row in rows if row["phase"] == method)
+        assert same(
+            weights(tmp_path / method / "base.pt"), weights(tmp_path / method / f"{method}.pt")
+        )
+
+
+def test_star_samples_from_what_its_last_iteration_has_become(tmp_path, monkeypatch):
+    authors, policies, real = [], [], score.collect
+
+    def collect(run, author, K):
+        authors.append(copy.deepcopy(author.state_dict()))
+        policies.append(copy.deepcopy(run.policy.state_dict()))
+        return *real(run, author, K)[:2], torch.tensor([[0.0] * 8, [1.0] * 8])
+
+    monkeypatch.setattr(methods, "collect", collect)
+    trained(tmp_path / "run", method="star", stage1_steps=4)  # 7 steps: from 0, 2 and 4
+    for i, start in enumerate([0, 0, 2, 2, 4, 4, 4]):
+        assert same(authors[i], policies[start])
+    assert not same(policies[0], policies[2]) and not same(policies[2], policies[4])
+
+
+# --- the base, the schedule, runs -----------------------------------------------------------------
+
+
+def test_a_base_reads_later_revisions_behind_copies_that_it_does_not_learn(monkeypatch, tmp_path):
+    run, seen = made(tmp_path / "run", base_attempts=4, sft_batch=9, size=2), []
+    documents = [("11+11=", f"{b}11", f"{b}22") for b in range(9)]
+    monkeypatch.setattr(verify, "corpus", lambda *_: documents)
+    monkeypatch.setattr(score, "sft_update", lambda run, *x: seen.append(x) or {})
+    methods.base_step(run)
+    ((r, mask_BS, temperature),) = seen
+    decode = rollout.toy_encoding().decode
+    for b, (x, draft, revision) in enumerate(documents):
+        ids, mask = r.ids_BT[b].tolist(), mask_BS[b].tolist()
+        draft, revision = draft + "<|end|>", revision + "<|end|>"
+        copies = ("<|revise|>" + draft) * (b % 3)
+        text = f"{x}{draft}{copies}<|revise|>{revision}"
+        assert decode(ids).startswith(text)
+        learned = [token for token, inside in zip(ids[1:], mask, strict=True) if inside]
+        assert decode(learned) == draft + revision
+        last = len(x) + 4 + 5 * (b % 3)  # the revision comes behind all copies
+        assert mask.index(True) == len(x) - 1 and not any(mask[len(x) + 3 : last])
+    assert temperature == 1.0
+
+
+def plan(**changes):
+    c = methods.Config(**dict(stage1_steps=7, stage2_steps=5) | changes)
+    base, *rest = methods.schedule(c)
+    assert (base.name, base.lr, base.decays) == ("base", c.sft_lr, True)
+    assert all((x.lr, x.warmup, x.decays) == (c.lr, c.warmup, False) for x in rest)
+    return [(x.name, x.steps) for x in rest]
+
+
+def test_the_phases_of_every_method_and_their_equal_budget():
+    special = dict(
+        base=[], three_turn=[("stage1", 3), ("stage1b", 4), ("three_turn", 5)],
+        **{x: [("stage1", 7), (x, 5)] for x in ("score", "no_bonus", "star_stage2")},
+    )  # fmt: skip
+    for method in methods.METHODS:
+        assert plan(method=method) == special.get(method, [(method, 12)])
+    assert plan(rounds=2, stage1_steps=5, stage2_steps=4) == [
+        ("stage1-1", 2), ("score-1", 2), ("stage1-2", 3), ("score", 2)
+    ]  # fmt: skip
+
+
+def test_the_default_is_score_pys_own_run_and_another_runs_base_is_as_good_as_ones_own(tmp_path):
+    log = trained(tmp_path / "study")
+    folder = score.create(score.Config(**TINY), tmp_path / "core")
+    score.drive(score.open_run(folder))
+    assert (folder / "log.jsonl").read_text() == (tmp_path / "study/log.jsonl").read_text()
+    later = trained(tmp_path / "part", base=str(folder))
+    assert later[0] == dict(phase="base", step=1) and later[1:] == log[4:]
+    for name in ("base", "score"):
+        assert same(weights(folder / f"{name}.pt"), weights(tmp_path / f"part/{name}.pt"))
+    for change in (dict(seed=1), dict(copies=0.5), dict(base_attempts=3)):
+        with pytest.raises(ValueError, match=f"other settings: {list(change)[0]}$"):
+            made(tmp_path / "other", base=str(folder), **change)
+    (folder / "base.pt").unlink()
+    with pytest.raises(ValueError, match="no checkpoint"):
+        made(tmp_path / "other", base=str(folder))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_pool_gives_its_own_problems_each_once_a_step(tmp_path):
+    run = made(tmp_path / "run", pool=5, size=4)
+    drawn = [run.task.draw(4, "train", np.random.default_rng(i)) for i in range(40)]
+    assert len({x for some in drawn for x in some}) == 5 and all(len(set(x)) == 4 for x in drawn)
+    plain = made(tmp_path / "plain", size=4).task
+    for split in ("dev", "test"):
+        rngs = [np.random.default_rng(0) for _ in range(2)]
+        assert run.task.draw(9, split, rngs[0]) == plain.draw(9, split, rngs[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(dict(method="magic"), "--method .* 'magic'"), (dict(kl="k3"), "--kl .* exact, k1, .*'k3'"),
+     (dict(pool=3, batch=8, group=2), "--pool .* 3"), (dict(gamma=2.0), "--gamma"),
+     (dict(base_attempts=1), "--base-attempts")],
+)  # fmt: skip
+def test_impossible_settings_are_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        methods.Config(**change)
+
+
+RESUMED = {
+    "star": dict(method="star", lr=0.01), "pair_sft_plus": dict(method="pair_sft_plus"),
+    "star_stage2": dict(method="star_stage2"), "three_turn": dict(method="three_turn"),
+    "all else": dict(offline=0.5, adaptive_beta2=1, rounds=2, pool=6, kl="k1", base_attempts=3,
+                     stage1_steps=6, stage2_steps=6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_that_dies_at_any_step_goes_on_bit_for_bit(tmp_path, monkeypatch, name):
+    """Killed after every third step, where it is saved after every second."""
+    monkeypatch.setattr(score, "BLOCK", 2)
+    rewards = torch.tensor([[0.0] * 8, [1.0, 0.0] * 4, [1.0] * 8])
+    monkeypatch.setattr(score, "grade", lambda r, *_: rewards[: len(r.attempts)])
+    trained(tmp_path / "whole", **RESUMED[name])
+    made(tmp_path / "run", **RESUMED[name])
+    for _ in range(50):
+        run, taken = score.open_run(tmp_path / "run"), []
+
+        def dying(run, step, taken=taken):
+            taken.append(0)
+            if len(taken) > 3:
+                raise ZeroDivisionError
+            return step(run)
+
+        run.phases = [
+            x._replace(step=lambda run, x=x, dying=dying: dying(run, x.step)) for x in run.phases
+        ]
+        try:
+            score.drive(run)
+            break
+        except ZeroDivisionError:
+            pass
+    else:
+        raise AssertionError("it comes to no end")
+    for path in (tmp_path / "whole").iterdir():
+        other = tmp_path / "run" / path.name
+        if path.suffix == ".pt":
+            assert flat(model.load(path)) == flat(model.load(other)), path.name
+        else:
+            assert path.read_text() == other.read_text()
+
+
+def flat(x):
+    if isinstance(x, torch.Tensor):
+        return x.tolist()
+    if isinstance(x, dict):
+        return {key: flat(value) for key, value in x.items()}
+    return [flat(value) for value in x] if isinstance(x, (list, tuple)) else x

@@ -1,0 +1,419 @@
+r"""Is the verifier of mathematics right, and can it be fooled, hung or made to run something?
+
+Outside checks (pairs of public graders' own tests, GSM8K) are read from ../shared where it is; the
+rest needs nothing. Expressions are checked against values that are computed beside them, never by
+the parser that is tested.
+"""
+
+import itertools
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import threading
+import time
+import types
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tasks import algebra, answers, latex
+
+ROOT = Path(__file__).parents[2]
+PAIRS = ROOT.parent / "shared" / "checks" / "math_pairs.jsonl"
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k"
+SQRT6 = r"\sqrt2\sqrt3", r"\sqrt6"  # equal, and only sympy knows
+
+
+def judge(answer, gold, timeout=2.0):
+    return answers.judge(answer, gold, timeout)
+
+
+def reward(answer, gold):
+    return judge(answer, gold)[0]
+
+
+def worker():
+    return algebra.worker(os.getpid())
+
+
+# --- outside checks -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not PAIRS.exists(), reason="../shared/checks is not here")
+def test_pairs_of_public_graders():
+    rows = [json.loads(line) for line in PAIRS.read_text().splitlines()]
+    accepted = {r["id"]: reward(r["answer"], r["gold"]) == 1 for r in rows}
+    assert not [r["id"] for r in rows if accepted[r["id"]] and not r["equal"]]
+    # prose without a box is refused by contract: 32 rows that take an answer out of running text
+    inside = [r for r in rows if r["kind"] == "pair" or r["boxed"]]
+    right = [accepted[r["id"]] == r["equal"] for r in inside]
+    assert len(inside) == 255 and sum(right) / len(right) >= 0.98
+    assert all((reward(r["gold"], r["answer"]) == 1) == accepted[r["id"]] for r in rows)
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="../shared/data is not here")
+def test_gsm8k_golds():
+    text = "".join((GSM8K / f"{name}.jsonl").read_text() for name in ("train", "test"))
+    rows = [json.loads(line) for line in text.splitlines()]
+    golds = [row["answer"].split("#### ")[1].replace(",", "") for row in rows]
+    assert len(golds) == 8792
+    for gold in golds:
+        assert reward(gold, gold) == 1
+        assert reward(f"So she pays \\$5 a day.\n\\boxed{{{gold}}} it is.", gold) == 1
+    values = sorted(set(golds), key=Fraction)
+    for a, b in [*zip(values, values[1:], strict=False), *zip(values, values[7:], strict=False)]:
+        assert reward(a, b) == (Fraction(a) == Fraction(b)), (a, b)
+
+
+# 300 answers as MATH has them, no two of which say the same (by the policies of `answers`)
+ANSWERS = [
+    *map(str, range(-9, 81)),
+    *(rf"\frac{{{p}}}{{{q}}}" for p in (1, 5, 7, 11, 13) for q in (2, 3, 4, 6, 9, 17)),
+    *(rf"-\frac{{{p}}}{{8}}" for p in (1, 3, 5, 7)),
+    *(rf"{k}\sqrt{{{n}}}" for k, n in itertools.product((2, 3, 4, 5), (2, 3, 5, 6, 7, 10))),
+    *(rf"{k}+\sqrt{{{n}}}" for k, n in itertools.product((1, 2), (2, 3, 5, 7))),
+    *(rf"\frac{{{k}\pi}}{{{n}}}" for k, n in itertools.product((1, 5), (2, 3, 4, 6, 12))),
+    *(rf"{k}\pi" for k in range(1, 8)),
+    *(rf"({x},{y})" for x, y in itertools.product((0, 1, 2, -3), (4, 5, 0))),
+    *(rf"[{x},{y})" for x, y in itertools.product((0, 1, -3), (4, 5))),
+    *(rf"({x},{y}]" for x, y in itertools.product((0, 1, -3), (4, 5))),
+    *(rf"[{x},{y}]" for x, y in itertools.product((0, 1, -3), (4, 5))),
+    *(rf"(-\infty,{x})\cup({y},\infty)" for x, y in itertools.product((-2, 0, 1), (3, 5))),
+    *(rf"x^2+{k}x{c}" for k, c in itertools.product((2, 3, 4), ("+1", "-1", ""))),
+    *(rf"({k}x+1)(x-2)" for k in (2, 3, 5)), *(rf"y = {k}x + {c}" for k in (2, 3) for c in (1, 4)),
+    *(rf"{n}^{{{m}}}" for n, m in itertools.product((3, 7), (40, 50, 2023))),
+    *(rf"{k} \pm \sqrt{{{n}}}" for k, n in itertools.product((1, 4), (11, 13))),
+    *(rf"\{{{a},{b}\}}" for a, b in ((1, 2), (1, 3), (2, 3))), "1,2,3", "1,2,4", "2,4,6,8",
+    *(rf"\binom{{{n}}}{{{k}}}" for n, k in ((20, 9), (21, 9), (22, 10))),
+    *(rf"{k}+{m}i" for k, m in itertools.product((1, 2), (3, 4, 5))), "3i", "-3i",
+    *(rf"{k}\%" for k in (250, 9900, 12.5)), *(rf"\text{{{w}}}" for w in ("Evelyn", "even", "odd")),
+    r"\text{east}", "A", "B", "C", "x", "y", "xy", "x+y", "2x+y", "x-y", r"\frac{x}{y}", "x^y",
+    r"e^{2}", r"e^{-2}", r"\ln 2", r"\ln 3", r"\log_2 3", r"\sin x", r"\cos x", r"\tan x",
+    r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&5\end{pmatrix}",
+    r"\begin{pmatrix}1\\3\end{pmatrix}", r"\begin{pmatrix}1&3\end{pmatrix}", "x<3", r"x\le 3",
+    "x>3", "3<x<5", "3:5", "3:6", "12:00", "(1,2,3)", "(1,3,2)", "(0,0,0)", r"\sqrt[3]{2}",
+    r"\sqrt[3]{4}", "0.1", "0.123", "1.57", "3.1416", "0.333", r"10^{-7}", "999999",
+    "1000001", "1011_2", "1011_5",
+]  # fmt: skip
+
+
+def test_no_two_of_300_answers_are_equal():
+    assert len(ANSWERS) >= 300 and len(set(ANSWERS)) == len(ANSWERS)
+    for answer in ANSWERS:
+        assert judge(f"It is $\\boxed{{{answer}}}$.", answer)[1] == "right", answer
+    for a, b in random.Random(0).sample(list(itertools.permutations(ANSWERS, 2)), 3000):
+        assert reward(a, b) == 0, (a, b)
+
+
+# --- what an answer says --------------------------------------------------------------------------
+
+
+def expressions():
+    """Return a strategy of (LaTeX, exact value or None): the value is computed on the way."""
+
+    def joined(pair):
+        (a, x), (b, y), form = pair
+        if form == "frac":
+            return rf"\frac{{{a}}}{{{b}}}", None if x is None or not y else x / y
+        if form == "power":
+            return rf"\left({a}\right)^{{3}}", None if x is None else x**3
+        text = f"({a}){form}({b})"
+        if x is None or y is None or (form == "/" and y == 0):
+            return text, None
+        return text, {"+": x + y, "-": x - y, "/": x / y if y else None}.get(form, x * y)
+
+    literals = st.one_of(
+        st.integers(-999, 999).map(lambda n: (str(n), Fraction(n))),
+        st.decimals(-50, 50, places=2).map(lambda d: (str(d), Fraction(d))),
+        st.integers(1, 9).map(lambda n: (rf"{n}\frac{n}{{12}}", n + Fraction(n, 12))),
+        st.integers(1, 30).map(lambda n: (rf"\sqrt{{{n * n}}}", Fraction(n))),
+        st.integers(1, 10**25).map(lambda n: (rf"\sqrt[5]{{{n**5}/32}}", Fraction(n, 2))),
+    )
+    forms = st.sampled_from(["+", "-", "*", r"\cdot", r" \times ", "", "/", "frac", "power"])
+    return st.recursive(literals, lambda x: st.tuples(x, x, forms).map(joined), max_leaves=6)
+
+
+@settings(max_examples=300)
+@given(expressions(), st.fractions(max_denominator=7))
+def test_exact_value_of_what_was_written(expression, other):
+    text, value = expression
+    if value is None:  # divides by zero somewhere
+        assert reward(text, "1") == 0
+        return
+    gold = str(value)  # Python's own p/q
+    assert reward(text, gold) == reward(gold, text) == 1
+    assert reward(text, str(other)) == (other == value)
+
+
+SAME = [
+    (r"50\%", "50"), (r"50\%", "0.5"), ("0.333333333333", "1/3"), ("3.14159265358979", r"\pi"),
+    (r"0.\overline{3}", "1/3"), ("2/4", "1/2"), (r"2\frac12", "5/2"), ("2 1/2", "2.5"),
+    ("1,234", "1234"), ("1 234", "1234"), (r"1\,234", "1234"), ("(1,234)", "(1, 234)"),
+    ("10,100,1000", "10, 100, 1000"), ("1,234, 5,678", "1234, 5678"), ("2e-3", "-3+2e"),
+    ("1.5e-3", "0.0015"), ("1e3", "1000"), ("½", "0.5"), ("√16", "4"), ("2π", r"2\pi"),
+    (r"5\text{ cm}", "5"), (r"45^\circ", "45"), (r"45^{\circ}", "45°"), ("30^°", "30"),
+    (r"\$5", "5"), (r"-\$5", "-5"), (r"5\sqrt{3}\text{ cm}", r"5\sqrt3"),
+    (r"100\pi\text{ in}^2", r"100\pi\text{ square inches}"), (r"\text{2 hours}", "2"),
+    ("60 mph", r"60\text{ miles per hour}"), (r"\angle ABC = 30^\circ", "30"),
+    (r"11\text{ apples}", "11"), (r"\text{3 boxes}", "3"), ("11 apples", r"11\text{ apples}"),
+    ("x=5", "5"), ("5=x", "5"), ("f(x)=2x", "2x"), (r"x\in[0,1]", "[0,1]"), ("x=1,x=2", "1,2"),
+    ("x=1,y=2", "y=2,x=1"), ("(x,y)=(1,2)", "(1,2)"), ("f(2)=5", "5"), ("f_1(2)=5", "5"),
+    (r"f^{-1}(x)=2x", "2x"), ("p(x)=x^2+1", "x^2+1"), ("|AB|=5", "5"), (r"\frac{AB}{CD}=5", "5"),
+    ("2x+4y=6", "x+2y-3=0"), ("x>2", "2<x"), ("-x<-2", "x>2"), ("2+2=4", "4"),
+    ("x=1/3=0.33", "0.33"), (r"1/3\approx0.33", "1/3"), (r"x=1/3\approx0.33", "1/3"),
+    (r"x\approx11", "11"), ("1,2", "2,1"), (r"\{1,2\}", "2,1"), ("1,1,2", "1,2"),
+    (r"1\pm2", "-1,3"), ("p=5,q=2 and p=7,q=3", "p=7,q=3;p=5,q=2"), (r"x=1 \lor x=2", "1,2"),
+    (r"\text{6 and 8}", "6,8"), (r"\langle 1,234\rangle", "(1,234)"), ("$1$, $2$ and $3$", "1,2,3"),
+    (r"\text{Even}", "even"), (r"\text{E}", "E"), ("Evelyn", r"\text{Evelyn}"),
+    (r"\text{(C)}", "C"), (r"\text{Yes}", "yes"), (r"\text{No}", "no"), (r"\mathbb{R}", "R"),
+    ("i^2", "-1"), (r"e^{i\pi}", "-1"), (r"\ln e^2", "2"), (r"\log 2+\log 3", r"\log 6"),
+    (r"\log_2 8", "3"), ("12_3", "12"), (r"\sin^2x+\cos^2x", "1"), (r"(x+1)^2", "x^2+2x+1"),
+    (r"\frac{1}{\sqrt2}", r"\frac{\sqrt2}{2}"), (r"\sqrt{5+2\sqrt6}", r"\sqrt2+\sqrt3"),
+    (r"\frac12\frac13", "1/6"), (r"\sin^{-1}\frac12", r"\frac{\pi}{6}"), (r"\sin 30^\circ", "0.5"),
+    (r"\sin x^2 \cos x", r"\cos x\sin x^2"), (r"\sqrt[3]{-8}", "-2"), ("ab", "ba"), ("5!", "120"),
+    (r"\sqrt{-4}", "2i"), (r"\binom{5}{2}", "10"), (r"|-3|", "3"), (r"17 \bmod 5", "2"),
+    ("x'+1", "1+x'"),
+    (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{bmatrix}1&2\end{bmatrix}"),
+    (r"\begin{array}{c|c}1&2\\3&4\end{array}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+]  # fmt: skip
+DIFFERENT = [
+    (r"50\%", r"5000\%"), ("10, 0.1, 20, 0.2", r"10\%, 20\%"), ("1, 2, 0.01", r"1\%, 2"),
+    (r"50\%", r"50\text{ cm}"), ("0.33", "1/3"), ("0.333333333334", "1/3"),
+    ("0.33333333333", "1/3"), ("3.14159265358978", r"\pi"), ("1.23456789012e12", "1234567890123"),
+    ("0.333333333333", "0.3333333333333"), (r"2\frac32", "7/2"), ("1,23", "123"), ("0,123", "123"),
+    ("(1,234)", "1234"), ("1, 234", "1234"), ("10,100,1000", "10100, 1000"), ("1,2,345", "1, 2345"),
+    ("x_1,234", "x_{1234}"), ("2e-3", "0.002"), ("$2$ $1/2$", "5/2"), (r"\sqrt16", "4"),
+    (r"\sqrt16", "6"), (r"\sqrt2\frac12", r"\sqrt{5/2}"), (r"\frac1 2 3/4", "4/11"),
+    (r"3\frac{x}12", "3x/12"), (r"\frac12\frac13", r"\frac37"), ("5 cm", r"5\text{ inches}"),
+    (r"5\text{ cm}^2", r"5\text{ cm}"), (r"5\text{ cm}^4", r"5\text{ cm}"),
+    (r"2\cdot3\text{ cm}", r"6\text{ m}"), (r"45^\circ", r"\frac{\pi}{4}"), ("5 million", "5"),
+    (r"5\text{ millions}", "5"), (r"5\text{ fifths}", "5"), (r"5\text{ minus}", "5"),
+    (r"5\text{ less}", "5"), (r"11\text{ apples}", r"11\text{ oranges}"),
+    (r"\$5", r"5\text{ cents}"), ("€5", "£5"), ("2x+4y-3=0", "0"), ("x=1,y=2", "2,1"),
+    ("x=1,x=2", "y=1,y=2"), ("(y,x)=(1,2)", "(1,2)"), ("xy=1", "1"), ("|x|=5", "5"),
+    ("b/a=1/2", "1/2"), ("x=z", "x=y=z"), ("f(2)", "2f"), (r"f^{-1}(2)", r"\frac{2}{f}"),
+    (r"f^{-1}(2)", "f(2)"), ("f_1(2)", "f_2(2)"), ("-x=5", "5"), ("1/x=5", "5"), ("x^2=5", "5"),
+    (r"\ln x=5", "5"), ("x+y=5", "5"), ("P(-1)=5", "5"), ("A B^2=5", "5"), ("[x]=5", "5"),
+    ("2x+4y=6", "x+2y-4=0"), ("-x<-2", "x<2"), ("x<2", r"x\le2"), ("5=5", "4=4"), ("3<5", "4<6"),
+    ("x>0", "-x>0"), (r"x\in[0,1]", r"y\in[0,1]"), ("(1,2)", "1,2"), ("(1,2)", "(2,1)"),
+    ("(1,2)", "[1,2]"), ("(0,1)", "0<x<1"), (r"1\pm2", "3"), ("a,b", "(a,b)"),
+    ("p=5,q=2 and p=7,q=3", "p=5,q=3;p=7,q=2"), (r"a\land b", "a,b"),
+    (r"\langle 1,234\rangle", "1234"), ("E", "e"), ("Evelyn", "Carla"), ("x - y", "X - Y"),
+    ("AB", "BA"), ("ABC", "CBA"), ("Tom", "moT"), ("abc", "ABC"),
+    (r"\text{June 20}", r"\text{June 21}"),
+    (r"\log 100", "2"), ("12_3", "5"), ("12_3", "11_4"), ("12_3", "12_4"), ("13_3", "13"),
+    ("11", "1011_2"), ("10^{5000}", "1011_2"), ("1A_{16}", "A_{16}"), (r"\sqrt{x^2}", "x"),
+    ("5!!", "720"), (r"\csc^{-1}x", r"\sin x"), (r"\frac5{x-x}", r"\frac7{x-x}"), ("0^0", "1"),
+    ("2^3^2", "512"), ("12:00", "1:00"), ("x'", "x"), ("4'", "7"), ("24abcd", "24"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
+]  # fmt: skip
+
+
+def test_policies():
+    assert not [(a, b) for a, b in SAME if reward(a, b) != 1 or reward(b, a) != 1]
+    # the other way round the gold answer may be one that cannot be read
+    assert not [(a, b) for a, b in DIFFERENT if reward(a, b) != 0 or reward(b, a) == 1]
+
+
+COMPLETIONS = [
+    (r"first \boxed{4}" + "\n" + r"no: \boxed{5}", "right"), (r"\boxed{5}, so \boxed{5}", "right"),
+    (r"\boxed{ \boxed{5} }", "right"), ("The sum is $5$.", "right"), ("It is $5$ cm", "right"),
+    (r"either \boxed{4} or \boxed{5}", "unparsed"), (r"\boxed{5", "unparsed"),
+    (r"\boxed{}", "unparsed"), (r"\boxed{\text{ }}", "unparsed"), ("", "unparsed"),
+    ("the answer is 5", "unparsed"), ("minus $5$", "unparsed"), ("It is not $5$", "unparsed"),
+    ("The answer is negative $5$.", "unparsed"), ("The square root of $5$", "unparsed"),
+    ("It is at least $5$", "unparsed"), ("It is false that $5$", "unparsed"),
+    ("It is $5$ million", "unparsed"), ("It is $5$ squared", "unparsed"),
+    ("so $x+y=4$ it is $5$", "unparsed"), ("6 is $5$", "unparsed"), ("$5$ or six", "unparsed"),
+    (r"\boxed{4 \text{ or } \boxed{5}}", "unparsed"), (r"\boxed{5}\boxed 6", "unparsed"),
+    ("\\boxed{5}" * 21, "unparsed"), (r"\boxed{5\text{ (or 6)}}", "unparsed"),
+    (r"\boxed{" + "9" * 999 + "!}", "unparsed"), ("$4$ and $5$", "wrong"),
+    (r"\boxed{5 \text{ or } 6}", "wrong"), (r"\boxed{5 \text{ or } n+1}", "wrong"),
+    (r"\boxed{1,2,3,4,5}", "wrong"), (r"\boxed{(-\infty,\infty)}", "wrong"),
+    (r"\boxed{x}", "wrong"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "status"), COMPLETIONS)
+def test_completions(answer, status):
+    assert judge(answer, "5")[1] == status
+
+
+def test_unreadable_gold_is_an_error_and_not_the_answers_fault():
+    ragged = r"\begin{pmatrix}1&2\\3\end{pmatrix}"
+    for gold in ("", r"\boxed{", r"\zzz", "1/0", "the answer is 5", ragged, "1," * 27 + "1"):
+        assert judge("5", gold)[:2] == (None, "error"), gold
+        assert reward(gold, gold) is None, "right samples alone would be kept"
+    assert "1/0" in judge("5", "1/0")[2]
+
+
+# --- attacks --------------------------------------------------------------------------------------
+
+HANGS = [
+    "9^{9^{9^{9}}}", "2^{2^{100}}", "((((((" * 300, "1" * 1999, "9" * 999 + "!", "3000!!!!",
+    r"\sqrt" * 300 + "2", "x^{" * 300, "-" * 1500 + "1", "x+" * 190 + "1", "(x+1)^{999999}",
+    r"\frac1" * 300, "1e99999999", r"\binom{99999999}{44444444}", "(" + "1," * 150 + "1)",
+    "2" + "^{2}" * 100, "|" * 300, "{" * 300, r"\sin(" * 30 + "x" + ")" * 30,
+    r"e^{" * 12 + "1" + "}" * 12, "99!^{99!}", r"0.\overline{" + "7" * 900 + "}",
+    r"\begin{matrix}" * 50, "x_{" * 200, r"\text{" * 200, "1_2_3_4", "1/" * 190 + "1",
+    r"(1+\sqrt2+\sqrt3+\sqrt5+\sqrt7)^{40}", r"\gcd(10^{9999},3^{9999})", "½" * 300, "\x00",
+    "\ud800", "(x" + "!'" * 190 + ", 1)", "xyz " * 132 + "=5", r"\frac{1}{" * 39 + "x" + "}" * 39,
+    "x+" * 199 + "x=5", "+".join(rf"{p}^{{-9000}}" for p in range(3, 99, 2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HANGS, ids=range(len(HANGS)))
+def test_nothing_hangs_or_exhausts_the_stack(text):
+    def deep(depth):
+        return judge(text, r"x+\pi", 0.5) if depth == 0 else deep(depth - 1)
+
+    for depth in (0, 300):
+        start = time.monotonic()
+        got, status, _ = deep(depth)
+        assert got == 0 and status in ("wrong", "unparsed", "timeout")
+        assert time.monotonic() - start < 5  # includes starting sympy again, where it was killed
+    assert reward(r"\pi+x", r"x+\pi") == 1, "the verifier survives it"
+
+
+@pytest.mark.parametrize("piece", [r"\boxed{", r"\(", r"\[", "$", r"\boxed{5}", "{", "1,"])
+def test_long_text_takes_no_longer(piece):
+    start = time.perf_counter()
+    assert reward(piece * 20_000, "7") == 0
+    assert time.perf_counter() - start < 1
+
+
+PIECES = [
+    *r"0123456789+-*/^_!()[]{}|,.;:=<>$%&'~ abefinxyzAEIP",
+    *r"\frac \sqrt \boxed{ \text{ \left( \right) \pi \infty \pm ^{ \cup \% \{ \} \\ \in".split(),
+    *r"\sin \begin{pmatrix} \end{pmatrix} \log_ \overline{ cm √ ½ é __class__ 1e9 10^".split(),
+    " or ", "\n", "import os",
+]  # fmt: skip
+GOLDS = ("7", "1011_2", "5,6", "(1,2)", r"7\%", "x=7", "7 cm", r"\text{Yes}", "P(1)=7")
+JUNK = (" or 7", r" \text{ or } 7", ", 7", " is 7", " (maybe 7)", "!?", r"\boxed{8}")
+
+
+@settings(max_examples=2500)
+@given(st.lists(st.sampled_from(PIECES), max_size=25).map("".join), st.sampled_from(GOLDS))
+def test_random_text_is_judged_in_time(text, gold):
+    with pytest.MonkeyPatch.context() as patch:
+        questions, ask = [], algebra.ask
+        patch.setattr(algebra, "ask", lambda *args: questions.append(args) or ask(*args))
+        took = []
+        for _ in range(2):  # the machine may pause; a slow text is slow twice
+            start = time.monotonic()
+            got, status, _ = judge(text, gold, 1.0)
+            took.append(time.monotonic() - start)
+            assert got in (0, 1) and status != "error"
+            if took[-1] < 0.05:
+                break
+    assert min(took) < (4.0 if questions else 0.05)
+    if gold == "7" and got == 0:
+        for junk in JUNK:
+            assert reward(text + junk, gold) == 0, "junk made it right"
+
+
+# --- the worker -----------------------------------------------------------------------------------
+
+
+def test_a_number_refutes_and_only_a_proof_accepts():
+    def both(*texts):
+        return [algebra.build(latex.parse(text)) for text in texts]
+
+    assert algebra.refuted(*both(r"\sqrt2+\sqrt3", r"\sqrt{10}"))
+    assert algebra.refuted(*both("x^2", "x^2+10^{-15}"))
+    assert not algebra.refuted(*both("(x+1)^2", "x^2+2x+1"))
+    assert not algebra.refuted(*both(*SQRT6))
+    a, b = both(r"\frac{6\sqrt{1789-240\sqrt{21}}+8\sqrt{1236-240\sqrt{21}}}{5}", r"96-10\sqrt{21}")
+    assert algebra.proven_zero(a - b) and not algebra.proven_zero(a - b + 10**-30)
+
+
+def test_a_killed_worker_is_replaced_and_an_idle_one_lives_on():
+    assert reward(*SQRT6) == 1
+    first = worker().process
+    first.kill()
+    assert judge(*SQRT6, 0.3)[0] == 1
+    second = worker().process
+    assert second.pid != first.pid
+    time.sleep(1.6)  # its own alarm, for the day when its caller has died, is off when it is idle
+    assert second.poll() is None
+
+
+@pytest.mark.parametrize("command", [[sys.executable, "-c", "pass"], ["/nowhere"]])
+def test_a_worker_that_does_not_work_is_an_error_and_no_reward(monkeypatch, command):
+    real = subprocess.Popen
+    monkeypatch.setattr(algebra.subprocess, "Popen", lambda _, **pipes: real(command, **pipes))
+    worker().close()
+    assert judge(*SQRT6)[:2] == (None, "error")
+    monkeypatch.undo()
+    assert reward(*SQRT6) == 1
+
+
+def test_an_interrupted_question_does_not_answer_the_next(monkeypatch):
+    """As Ctrl-C would, while the answer (yes) is on its way."""
+    assert reward(*SQRT6) == 1
+
+    def asked_then_interrupted(question, pipe):
+        pickle.dump(question, pipe)
+        pipe.flush()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(algebra, "pickle", types.SimpleNamespace(dump=asked_then_interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        reward(*SQRT6)
+    monkeypatch.undo()
+    assert reward(r"\sqrt2\sqrt5", r"\sqrt6") == 0
+    assert reward(*SQRT6) == 1
+
+
+def test_threads_share_a_worker():
+    got = []
+
+    def ask(k):
+        got.append((k, reward(rf"\sqrt{{{k}}}\sqrt{{{k + 1}}}", rf"\sqrt{{{k * (k + 1)}}}")))
+        got.append((-k, reward(rf"\sqrt{{{k}}}\sqrt{{{k + 2}}}", rf"\sqrt{{{k * (k + 1)}}}")))
+
+    threads = [threading.Thread(target=ask, args=(k,)) for k in range(2, 40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 76 and all(verdict == (k > 0) for k, verdict in got)
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_has_its_own_worker_and_none_outlives_its_caller():
+    code = (
+        "import os, sys\n"
+        "from tasks import algebra, answers\n"
+        f"ask = lambda: answers.judge(*{SQRT6!r}, 5.0)[0] == 1\n"
+        "assert ask()\n"
+        "child = os.fork()\n"
+        "good = all(ask() for _ in range(20))\n"
+        "process = algebra.worker(os.getpid()).process\n"
+        "print(process.pid, flush=True)\n"
+        "assert good and 'sympy' not in sys.modules\n"
+        "if child == 0: sys.exit()\n"  # which runs atexit
+        "assert os.waitpid(child, 0)[1] == 0 and process.poll() is None and ask()\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    pids, patience = set(map(int, done.stdout.split())), time.monotonic() + 5
+    assert len(pids) == 2
+    while any(map(alive, pids)) and time.monotonic() < patience:
+        time.sleep(0.1)
+    assert not any(map(alive, pids))
