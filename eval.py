@@ -138,7 +138,8 @@ TITLES = {
 def report(run: Run, split: str, n: int) -> dict:
     """Evaluate every finished phase of a run on n problems of a split; return the report."""
     problems, phases, rows = run.task.draw(n, split, np.random.default_rng(0)), {}, []
-    for phase in run.phases[: run.phase]:
+    ended = [phase for phase in run.phases[run.phase :][:1] if phase.steps == run.step]
+    for phase in run.phases[: run.phase] + ended:
         about = load(run.folder / f"{phase.name}.pt")
         run.policy.load_state_dict(about.pop("model"))
         greedy, sampled = (evaluate(run.policy, run.task, problems, temperature, run.config.batch)

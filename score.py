@@ -185,7 +185,7 @@ def optimizer_step(run: "Run", mean: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run; the comments are the help of the command line."""
+    """All settings of a run. Comments are the help; limits not given are 0 and 1,000,000,000."""
 
     # the run
     task: str = "addition"  # addition, or a module of tasks/: countdown
@@ -219,7 +219,7 @@ class Config:
     # the report
     eval_n: int = 2000  # held-out problems in the table
 
-    limits: ClassVar = dict(  # of all others: 0 and 1,000,000,000
+    limits: ClassVar = dict(
         n_layer=(1, 200), d_model=(8, 2**13), d_ff=(1, 2**15), sft_batch=(1, 2**20), sft_lr=(0, 1),
         size=(1, 100), slip=(0, 1), slip_hard=(0, 1), clean=(0, 1), right_revisions=(0, 1),
         copies=(0, 1), group=(2, 2**20), lr=(0, 1), temperature=(0.01, 100), eval_n=(1, 10**6),

@@ -134,7 +134,7 @@ def drive(run: score.Run) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=done + 1)
-    if not run.phases[0].steps:  # an open checkpoint is its own base
+    if not done and not run.phases[0].steps:  # an open checkpoint is its own base
         save_phase(run)
     for n, row in enumerate(score.train(run), start=done + 1):
         seconds, start = time.monotonic() - start, time.monotonic()

@@ -229,12 +229,14 @@ def test_what_a_model_says_cannot_drive_the_terminal(capsys):
 
 
 def test_an_unfinished_run_is_evaluated_as_far_as_it_has_come(tmp_path, capsys):
+    def interrupted(run):
+        raise KeyboardInterrupt
+
     folder = score.create(TINY, tmp_path / "run")
     run = score.open_run(folder)
-    for row in score.train(run):
-        if row["phase"] == "score":
-            break
-    score.checkpoint(run)
+    run.phases[-1] = run.phases[-1]._replace(step=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        score.drive(run)
     assert evaluation.main([str(folder)]) == 0
     report = json.loads((folder / "report.json").read_text())
     assert list(report["phases"]) == ["base", "stage1"] and report["n"] == 10

@@ -232,8 +232,7 @@ def test_tables_are_those_of_the_results_that_the_markers_name():
             assert shown.strip() == TABLES[name]().strip(), (page, name)
 
 
-def test_benchmarks_are_whole_and_as_good_as_asked():
-    ...
+def test_benchmarks_are_whole_and_as_good_as_asked(): ...
 
 
 def test_requirements_are_exact():

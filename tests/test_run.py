@@ -246,7 +246,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_run_is_one_line_that_names_it_and_left_as_it_is(tmp_path, capsys, damage):
     folder = score.create(CONFIG, tmp_path / "run")
-    score.checkpoint(score.open_run(folder))
+    score.save(score.state_of(score.open_run(folder)), folder / "checkpoint.pt")
     DAMAGE[damage](folder, (folder / "checkpoint.pt").read_bytes())
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     refused(capsys, ["--resume", folder], str(folder))

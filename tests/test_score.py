@@ -331,7 +331,9 @@ def test_the_reference_is_what_the_first_phase_leaves_and_each_phase_has_a_fresh
         return {}
 
     run = scripted(tmp_path, [(name, 2, step, 0.1, 1) for name in "abc"])
-    rows = [(row["phase"], row["step"]) for row in score.train(run)]
+    score.drive(run)
+    log = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    rows = [(row["phase"], row["step"]) for row in log]
     n = len(seen) and seen[1][1]
     assert n and seen == [({1.0}, 0), ({1.0}, n)] + [({2.0}, 0), ({2.0}, n)] * 2
     assert rows == [(name, i) for name in "abc" for i in (1, 2)]
@@ -372,12 +374,16 @@ def test_the_last_phase_keeps_the_weights_after_its_best_block(
         module="score", threads=1, config=vars(TINY))))  # fmt: skip
     run = scripted(tmp_path, phases)
     steps = score.train(run)
-    for _ in range(4 + stop if stop < len(rewards) else 0):
+    for _ in range(3 + stop if stop < len(rewards) else 0):  # at most to the first phase's third
         next(steps)
-    score.checkpoint(run)
+    score.save(score.state_of(run), tmp_path / "checkpoint.pt")
+    (tmp_path / "log.jsonl").write_text("{}\n" * 20)
     run = score.open_run(tmp_path)
     run.phases = [score.Phase(*about) for about in phases]
-    list(score.train(run))
+    if stop:  # the first phase was ended, and its file written, before the stop
+        left = run.policy if stop == 1 else run.base
+        score.save(dict(model=left.state_dict(), step=4), tmp_path / "first.pt")
+    score.drive(run)
     assert weights(run, "last") == kept and score.load(tmp_path / "last.pt")["step"] == kept
     assert weights(run, "first") == score.load(tmp_path / "first.pt")["step"] == 4
     assert run.policy.norm.weight[0] == kept

@@ -85,7 +85,10 @@ def test_splits_follow_their_shares_and_mirror_images_share_one():
 def test_a_problem_stays_in_its_split():
     """Published numbers depend on it. Recorded, not derived."""
     split = verify.split_of(np.arange(36) * 27_182_818, np.arange(36) ** 2 * 31_415)
-    assert "".join({"train": "."}.get(x, x[0]) for x in split) == "t.t...d.....t.......d.......d......."
+    assert (
+        "".join({"train": "."}.get(x, x[0]) for x in split)
+        == "t.t...d.....t.......d.......d......."
+    )
 
 
 def pair(prompt):

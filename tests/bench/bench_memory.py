@@ -29,7 +29,8 @@ from scale import steps, train
 from scale.memory import prepare
 from tests.bench.timing import about, write
 
-V, ROWS, MICRO, CHUNK, TOKENS = 151_936, 4, 2, 16, 256
+ROWS, MICRO, CHUNK, TOKENS = 4, 2, 16, 256
+VOCABULARY = {896: 151_936, 64: 5_000}  # by width: as Qwen2.5-0.5B, and a quick look
 WAYS = {"chunks": (CHUNK, 1), "whole": (0, 0)}
 
 
@@ -60,7 +61,7 @@ def resident(name: str) -> int:
 def measure(width: int, chunk: int, recompute: int) -> dict:
     """Return what one step of Stage II takes, in bytes and seconds."""
     start = resident("VmRSS")
-    large = width == 896
+    large, V = width == 896, VOCABULARY[width]
     config = GPTConfig(
         V, n_layer=24 if large else 2, n_head=14 if large else 4, n_kv_head=2, d_model=width,
         d_ff=4864 if large else 2 * width, max_positions=2048, rope_theta=1e6, qkv_bias=True,
@@ -97,12 +98,13 @@ def main(argv: list[str]) -> int:
     if args.one:
         print(json.dumps(measure(*args.one)))
         return 0
-    sizes = dict(vocabulary=V, width=64 if args.quick else 896, rows=ROWS, tokens=TOKENS)
+    width = 64 if args.quick else 896
+    sizes = dict(vocabulary=VOCABULARY[width], width=width, rows=ROWS, tokens=TOKENS)
     found = about() | sizes | dict(micro_batch=MICRO, runs={})
     # so that what torch frees goes back to the system rather than into the heap's gaps
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
     for name, way in WAYS.items():
-        one = [sys.executable, __file__, "--one", *map(str, (sizes["width"], *way))]
+        one = [sys.executable, __file__, "--one", *map(str, (width, *way))]
         done = subprocess.run(one, stdout=subprocess.PIPE, text=True, env=env, check=True)
         found["runs"][name] = m = json.loads(done.stdout)
         print(f"{name}: peak {m['peak'] / 2**30:.2f} GiB, {m['ratio']:.2f} x (weights + optimizer "

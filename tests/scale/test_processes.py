@@ -1,7 +1,6 @@
 """Several processes take the steps that one would, and a run goes on in any number of them."""
 
 import contextlib
-import json
 import multiprocessing
 import os
 import socket
@@ -11,7 +10,6 @@ import time
 from functools import partial
 
 import pytest
-import torch
 
 import score
 from model import load
@@ -90,15 +88,7 @@ def test_two_processes_do_what_one_does_and_take_turns_with_it(tmp_path, monkeyp
 
     for name in ("two", "early", "late"):
         for folder in (tmp_path / name).iterdir():
-            expected = tmp_path / "one" / folder.name
-            assert {x.name for x in folder.iterdir()} == {x.name for x in expected.iterdir()}
-            logs = [(x / "log.jsonl").read_text().splitlines() for x in (expected, folder)]
-            wide.assert_same(*(map(json.loads, lines) for lines in logs))
-            for phase in expected.glob("*.pt"):
-                weights, others = (load(x / phase.name) for x in (expected, folder))
-                weights, others = (x.get("model", x.get("policy")) for x in (weights, others))
-                for key, x in weights.items():
-                    torch.testing.assert_close(others[key], x, rtol=1e-9, atol=1e-9)
+            wide.assert_same(tmp_path / "one" / folder.name, folder)
     assert load(tmp_path / "one/score/score.pt")["step"] == 2  # the best, not the last
 
 

@@ -13,7 +13,7 @@ import torch
 
 import score
 from rollout import token_terms
-from scale import steps
+from scale import steps, train
 from study import methods
 from tests.scale import wide
 from verify import Verdict
@@ -36,38 +36,35 @@ def test_a_run_in_parts_is_the_run_of_the_study(tmp_path, method):
     whole.phases[0] = whole.phases[0]._replace(warmup=0)
     for run in (whole, parts):
         run.folder.mkdir()
-    ways = list(score.train(whole)), list(score.train(parts))
-    wide.assert_same(*ways)
-    for name, weight in whole.policy.state_dict().items():
-        torch.testing.assert_close(parts.policy.state_dict()[name], weight, rtol=1e-9, atol=1e-9)
-    assert any(0 < row.get("acc_t2", 0) < 1 for row in ways[0])
-    assert any(row.get("unjudged") and row["grad_norm"] > 1e-3 for row in ways[0])
+    score.drive(whole)
+    train.drive(parts)
+    rows = wide.assert_same(whole.folder, parts.folder)
+    assert any(0 < row.get("acc_t2", 0) < 1 for row in rows)
+    assert any(row.get("unjudged") and row["grad_norm"] > 1e-3 for row in rows)
 
 
 @pytest.fixture
 def run(tmp_path):
-    run = wide.new_run(wide.Config(**wide.SMALL, chunk=3), tmp_path)
+    run = wide.new_run(wide.Config(**wide.SMALL | dict(size=1, chunk=3)), tmp_path)
     return replace(run, rng=np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("chunk", [0, 3])
-def test_of_the_vocabulary_no_more_than_a_chunk_is_kept(run, chunk):
-    """A row of logits is told by its size, that of the vocabulary."""
+def test_of_the_vocabulary_no_more_than_a_chunk_is_made_and_none_kept(run, chunk):
     r, _, _ = steps.collect(run, run.policy)
-    kept = []
+    made, kept, S = [], [], r.turn_BS.shape[1]
 
     def keep(x):
-        kept.append(x.numel() if x.shape[-1] == run.task.vocab_size else 0)
+        kept.append(x.shape[-1] == run.task.vocab_size)
         return x
 
-    models = [run.policy, run.base]
+    for gpt in (run.policy, run.base):
+        gpt.head.register_forward_hook(lambda head, given, logits: made.append(logits.shape[1]))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        terms = steps.in_chunks(token_terms, models, r, 1.0, chunk)
-    assert (max(kept) >= r.turn_BS.numel() * run.task.vocab_size) == (chunk == 0)
-    kept.clear()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        sum(x.sum() for x in terms).backward()
-    assert sum(kept) == 0  # what is computed again is kept by nobody
+        terms = steps.in_chunks(token_terms, [run.policy, run.base], r, 1.0, chunk)
+    assert any(kept) == (chunk == 0) and sum(made) == 2 * S
+    sum(x.sum() for x in terms).backward()
+    assert max(made) == (chunk or S) and sum(made) == (4 if chunk else 2) * S
 
 
 def test_programs_are_judged_side_by_side_and_in_order(run, monkeypatch):

@@ -85,6 +85,10 @@ def test_programs_in_bfloat16(tmp_path, options):
                       and not x.endswith("bias") and x != "embed.weight"}  # fmt: skip
     assert {weight.dtype for weight in run.policy.parameters()} == {torch.float32}
     assert {type(block) for block in run.policy.blocks} == {memory.RecomputedBlock}
+    files = {path: path.read_bytes() for path in run.folder.glob("*.pt")}
+    train.drive(run)  # which is finished
+    assert files == {path: path.read_bytes() for path in run.folder.glob("*.pt")}
+    assert load(run.folder / "base.pt")["step"] == 0  # the checkpoint itself
 
 
 def test_presets_have_the_papers_settings_and_others_override_them(options):

@@ -1,10 +1,13 @@
 """Runs of scale/train.py in float64, paid by a lottery that even an untrained policy wins."""
 
+import json
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 
 import verify
+from model import load
 from scale import train
 
 SMALL = dict(
@@ -14,13 +17,23 @@ SMALL = dict(
 PARTS = dict(micro_batch=5, sample_batch=6, chunk=4, recompute=1, save_every=3, sft_warmup=0)
 
 
-def assert_same(rows, others):
-    """Assert that the logs of two runs are the same, but for what only the second tells."""
+def assert_same(expected, found):
+    """Assert that two folders hold the same log, but for what only the second tells, and the same
+    weights; return the first one's log."""
+    logs = [(x / "log.jsonl").read_text().splitlines() for x in (expected, found)]
+    rows, others = (list(map(json.loads, lines)) for lines in logs)
     for row, other in zip(rows, others, strict=True):
-        same = {key: other[key] for key in row}
-        assert same.pop("phase") == row["phase"] and same == pytest.approx(
-            {key: x for key, x in row.items() if key != "phase"}, rel=1e-9, abs=1e-9
-        )
+        assert other["phase"] == row["phase"]
+        numbers = {key: x for key, x in row.items() if key != "phase"}
+        assert {key: other[key] for key in numbers} == pytest.approx(numbers, rel=1e-9, abs=1e-9)
+    assert {x.name for x in expected.glob("*.pt")} == {x.name for x in found.glob("*.pt")}
+    for path in expected.glob("*.pt"):
+        weights, same = (load(x / path.name) for x in (expected, found))
+        assert weights["step"] == same["step"]
+        for kind in {"model", "policy", "base"} & weights.keys():
+            for name, x in weights[kind].items():
+                torch.testing.assert_close(same[kind][name], x, rtol=1e-9, atol=1e-9)
+    return rows
 
 
 def lottery(answer: str, gold: str) -> verify.Verdict:

@@ -154,6 +154,9 @@ def test_attacks_earn_nothing(isolation):
     for name, verdict in verdicts(PROGRAMS["wrong"]).items():
         assert verdict[:2] == (0, "wrong"), (name, verdict)
         assert verdict.detail.isprintable() and len(verdict.detail) < 300
+        assert {"value of 80 MB": "bytes", "5 million commas": "items"}.get(
+            name, ""
+        ) in verdict.detail
 
 
 def test_tricks_on_the_tests_earn_nothing():
