@@ -1,7 +1,7 @@
 """Did the second attempt help? The paper's five metrics, with intervals, on held-out problems.
 
 Acc@t1 and Acc@t2 are the shares of problems right at each attempt; delta(t1,t2) is their
-difference; delta i->c and delta c->i are the shares of *all* problems that went from wrong to right
+difference; delta i->c and delta c->i are the shares of *all* problems that go from wrong to right
 and from right to wrong, so that delta = i->c - c->i exactly (arXiv 2409.12917v2, section 3).
 Rates among the wrong or the right first attempts alone are called repair rate and spoil rate here.
 
@@ -84,7 +84,7 @@ def evaluate(model: GPT, task: Task, problems: list, temperature: float, at_once
 
     Problems without a verdict on both attempts are left out, and counted under "unjudged".
     """
-    noise_2NM = np.random.default_rng(0).random((2, len(problems), task.max_new))
+    noise_2NM = np.random.default_rng(1).random((2, len(problems), task.max_new))
     rewards, pairs, cut = [], [], []
     for start in range(0, len(problems), at_once):
         part = slice(start, start + at_once)
@@ -156,10 +156,10 @@ def report(run: Run, split: str, n: int) -> dict:
 
 
 def examples(rows: list) -> list[dict]:
-    """Return the first repair, kept answer and failure, where there is one."""
-    found = {}
-    for problem, (first, second), (reward1, reward2) in rows:
-        kind = "repaired" if reward2 == 1 and reward1 == 0 else "kept" if reward2 == 1 else "failed"
+    """Return the first repaired, spoiled, kept and failed answer, where there is one."""
+    kinds, found = {(0, 1): "repaired", (1, 0): "spoiled", (1, 1): "kept", (0, 0): "failed"}, {}
+    for problem, (first, second), rewards in rows:
+        kind = kinds.get(tuple(rewards), "unjudged")
         about = dict(kind=kind, prompt=problem.prompt, gold=problem.gold)
         found.setdefault(kind, about | dict(attempt1=first, attempt2=second))
     return list(found.values())
@@ -190,7 +190,9 @@ def printable(text: str, most: int = 600) -> str:
 
 def show(r: dict) -> None:
     """Print a report."""
-    print(f"\n{r['n']:,} held-out problems ({r['split']}), greedy, seed {r['seed']}; "
+    unjudged = max((m["unjudged"] for m in r["phases"].values()), default=0)
+    without = f", up to {unjudged} without a verdict" if unjudged else ""
+    print(f"\n{r['n']:,} held-out problems ({r['split']}){without}, greedy, seed {r['seed']}; "
           "per cent [95 % interval]\n")  # fmt: skip
     print(table(r["phases"]))
     for x in r["examples"]:

@@ -70,8 +70,8 @@ class GPTConfig:
 class Cache:
     """Keys and values of the tokens that a model has read, preallocated, with a length per row.
 
-    k, v: one [B, J, S, K] tensor a layer. length_B: tokens held by each row, int64. reach: an upper
-    bound of every length; a plain int, so that reading it waits for no device.
+    k, v: one [B, J, S, K] tensor a layer. length_B: tokens held by each row, int64. reach: no row
+    holds more tokens; it is a plain int, as a GPU would have to be waited for to read length_B.
     """
 
     def __init__(self, model: "GPT", rows: int, slots: int, dtype: torch.dtype | None = None):
@@ -148,7 +148,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(K, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x_BTD, cos, sin, kept=None):
-        """`kept`: this layer's cached k and v [B, J, S, K], where to write, and what is unseen."""
+        """`kept`: this layer's cached k and v [B, J, S, K]; the index of the slots to write to; and
+        the mask [B, 1, T, S], added to the scores, of the slots that a token must not see."""
         B, T, _ = x_BTD.shape
         H, J = self.n_head, self.n_kv_head
         q, k, v = self.qkv(x_BTD).view(B, T, H + 2 * J, -1).split([H, J, J], dim=2)

@@ -11,7 +11,7 @@ samples depend on its own numbers alone, whichever rows stand beside it.
 
     python -c "import torch, rollout as r; print(r.log_probs(torch.tensor([2.0, 1.0]), 0.7).exp())"
 
-Dimension key: P prompts, B rows, as many for each prompt, side by side; K attempts, N tokens of one
+Dimension key: P prompts; B rows, B / P of each prompt, side by side; K attempts, N tokens of one
 attempt at most; T tokens of a row, S = T - 1 scored positions (position s predicts token s + 1);
 R rows that are still being written; D width of the model, V vocabulary.
 """
@@ -72,9 +72,10 @@ def toy_encoding() -> tiktoken.Encoding:
 def addition(c) -> Task:
     """Return the toy: addition, and a base that is raised on careless sums (`verify.corpus`).
 
-    c: score.py's settings, of which size, here the digits of each operand, and the base's shares.
+    c: the settings of score.py. Used are size, the digits of each operand, and those of drafts and
+    revisions.
     """
-    if c.size > 9:
+    if not 1 <= c.size <= 9:
         raise ValueError(f"--size must be from 1 to 9 digits of each operand, got {c.size}")
     encoding, end_id = toy_encoding(), toy_encoding().encode_single_token("<|end|>")
 
@@ -100,8 +101,8 @@ def addition(c) -> Task:
 
 
 def find_task(name: str) -> tuple[Callable, dict]:
-    """Return what makes a task from the settings, and the settings that it wants as defaults: of
-    addition, or `task` and `SETTINGS` of a module in tasks/."""
+    """Return a function from settings to the Task, and the settings that differ from score.py's
+    defaults for it: of addition; or `task` and `SETTINGS` of a module in the folder tasks/."""
     if name == "addition":
         return addition, {}
     if not name.isidentifier() or not (Path(__file__).parent / "tasks" / f"{name}.py").is_file():
@@ -146,8 +147,8 @@ def sample_turn(model: GPT, cache: Cache, state_BD, noise_BN, end_id: int, tempe
 
     Return the attempts, a list of ids for each row, and the log-probabilities of these ids (nats).
     A token is where the cumulative probability passes a number of noise_BN, float64 in [0, 1). The
-    last token of an attempt is left unread: the next turn reads it before its instruction. Whenever
-    half of the rows have ended, the others go on alone.
+    last token of an attempt is not read into the cache here, but by the next turn, ahead of the
+    instruction. Whenever half of the rows have ended, the others go on alone.
     """
     (B, N), device = noise_BN.shape, noise_BN.device
     ids_BN = torch.full((B, N), end_id, device=device)

@@ -9,8 +9,8 @@ arXiv 2409.12917v2, ICLR 2025. One policy answers a problem twice; a verifier sa
 ri is the reward of attempt i, and KLi its divergence from the attempt that the *base* would have
 written: the model before Stage I, frozen, and the same in both stages. Each attempt is credited
 with its own terms alone (gamma = 0): neither reward nor bonus nor KL of attempt 2 reaches the
-tokens of attempt 1. A stage says who is paid and who is held: the advantage of each attempt and the
-weight of its KL. README.md lists what the paper leaves open, and what is chosen here.
+tokens of attempt 1. A stage is a function that says who is paid, by the advantage of each attempt,
+and who is held to the base, by the weight of its KL. README.md lists what the paper leaves open.
 
     python score.py                                  # base, Stage I, Stage II, and a table
     python score.py --stage1-steps 0 --alpha 0       # the control: plain multi-turn RL
@@ -58,8 +58,8 @@ def shaped_reward(reward1_B, reward2_B, alpha: float):
 
 
 def advantage(return_B, G: int):
-    """Return each row's return less its baseline, the mean over the other rows of its problem; 0
-    for all rows of a problem of which one has no verdict (nan). They stand side by side; G >= 2.
+    """Return each row's return less its baseline, the mean over the other rows of its problem. The
+    G >= 2 rows of a problem stand side by side; if one has no verdict (nan), all get 0.
 
     Source: RLOO, Ahmadian et al., arXiv 2402.14740, eq. 6.
 
@@ -98,7 +98,7 @@ def loss(logp_BS, kl_BS, turn_BS, advantage_KB, weight_K):
 
     The loss of an attempt is - advantage * log p + weight * KL, summed over its tokens and divided
     by no length; the advantage is held constant. A token also decides where its attempt goes: so
-    its log p is credited with the KL of the *later* tokens of the attempt, too. Without that term
+    its log p is charged with the KL of the *later* tokens of the attempt, too. Without that term
     the gradient is not that of the KL of whole attempts.
 
     Source: REINFORCE (Williams 1992) of eqs. 3 and 4; D_KL as in eqs. 2 to 4.
@@ -107,14 +107,14 @@ def loss(logp_BS, kl_BS, turn_BS, advantage_KB, weight_K):
       logp_BS, kl_BS: of `token_terms`. turn_BS: 1, 2, .. of an attempt's tokens, its end of turn
         included; 0 of context. advantage_KB, weight_K: of a stage.
     """
-    score_BS = logp_BS - logp_BS.detach()  # zeros, whose gradient is that of log p
+    zero_BS = logp_BS - logp_BS.detach()  # its gradient is that of log p
     loss_B = 0.0
     for k, (advantage_B, weight) in enumerate(zip(advantage_KB, weight_K, strict=True), start=1):
         mask_BS = turn_BS == k
         cost_BS = weight * kl_BS * mask_BS
         later_BS = (cost_BS.flip(1).cumsum(1).flip(1) - cost_BS).detach()
         credit_BS = (advantage_B[:, None] - later_BS) * mask_BS
-        loss_B = loss_B + (cost_BS - score_BS * credit_BS).sum(dim=1)
+        loss_B = loss_B + (cost_BS - zero_BS * credit_BS).sum(dim=1)
     return loss_B
 
 
@@ -202,7 +202,7 @@ class Config:
     sft_lr: float = 6e-3  # peak learning rate, then linear to 0
     slip: float = 0.25  # probability of a draft's slip: a carry out of a column that sums to 9
     slip_hard: float = 0.85  # the same where it is hard: from the third such column in a row on
-    clean: float = 0.68  # share of the steps, the first, with right revisions only
+    clean: float = 0.68  # share of the steps, from the start, with right revisions only
     right_revisions: float = 0.18  # share of right revisions after that
     copies: float = 0.77  # share of copied drafts after that; the rest are careless
     # reinforcement learning
@@ -220,9 +220,9 @@ class Config:
     eval_n: int = 2000  # held-out problems in the table
 
     limits: ClassVar = dict(
-        n_layer=(1, 200), d_model=(8, 2**13), d_ff=(1, 2**15), sft_batch=(1, 2**20), sft_lr=(0, 1),
-        size=(1, 100), slip=(0, 1), slip_hard=(0, 1), clean=(0, 1), right_revisions=(0, 1),
-        copies=(0, 1), group=(2, 2**20), lr=(0, 1), temperature=(0.01, 100), eval_n=(1, 10**6),
+        n_layer=(1, 200), d_model=(8, 2**13), d_ff=(1, 2**15), sft_steps=(1, 10**9), sft_lr=(0, 1),
+        sft_batch=(1, 2**20), slip=(0, 1), slip_hard=(0, 1), clean=(0, 1), right_revisions=(0, 1),
+        copies=(0, 1), group=(2, 2**20), lr=(0, 1), temperature=(0.1, 10), eval_n=(1, 10**6),
     )  # fmt: skip
 
     def __post_init__(self):
@@ -258,9 +258,9 @@ class Phase(NamedTuple):
 
 
 def schedule(c: Config) -> list[Phase]:
-    """Return the phases of a run; the last is named after what the settings leave of SCoRe."""
-    left = {(1, 1): "score", (1, 0): "no_bonus", (0, 1): "no_stage1", (0, 0): "multi_turn"}
-    last = rl_phase(left[c.stage1_steps > 0, c.alpha > 0], c.stage2_steps, stage2, c)
+    """Return the phases of a run; the last has the name of the method that the settings make."""
+    names = {(1, 1): "score", (1, 0): "no_bonus", (0, 1): "no_stage1", (0, 0): "multi_turn"}
+    last = rl_phase(names[c.stage1_steps > 0, c.alpha > 0], c.stage2_steps, stage2, c)
     base = Phase("base", c.sft_steps, sft_step, c.sft_lr, 100, decays=True)
     return [base, *(x for x in (rl_phase("stage1", c.stage1_steps, stage1, c), last) if x.steps)]
 
@@ -272,7 +272,7 @@ def rl_phase(name: str, steps: int, stage: Callable, c: Config) -> Phase:
 
 # --- a run: training as a generator ---------------------------------------------------------------
 
-ROOT, BLOCK = Path(__file__).parent, 20  # steps between checkpoints, lines of progress, judgements
+ROOT, BLOCK = Path(__file__).parent, 20  # of BLOCK steps the training rewards are averaged
 
 
 @dataclass
@@ -358,8 +358,8 @@ def create(c: Config, folder: Path) -> Path:
 
 
 def open_run(folder: Path) -> Run:
-    """Return the run in a folder as its last checkpoint left it, on as many threads, as sums depend
-    on them. The module that made a run, which may be a room's, opens it."""
+    """Return the run in a folder as its last checkpoint left it, with as many threads, as rounding
+    depends on them. config.json names the module that its settings are of: this, or another's."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not a run: it has no config.json")
@@ -441,10 +441,10 @@ def main(argv: list[str], settings: type = Config) -> int:
         print(f"\nstopped; go on with: python score.py --resume {folder}")
         return 130
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"score.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print("score.py: error:", str(error).partition("\n")[0], file=sys.stderr)
         return 2
     return subprocess.run([sys.executable, ROOT / "eval.py", folder]).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(importlib.import_module("score").main(sys.argv[1:]))  # one Config, whoever opens a run
+    sys.exit(importlib.import_module("score").main(sys.argv[1:]))  # as open_run imports it

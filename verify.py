@@ -1,9 +1,9 @@
 """Is an attempt right? The reward of SCoRe, and the toy problems that it is paid on.
 
-The paper's reward r(y, y*) is 0 or 1, is used in training only, and is never shown to the policy
-(arXiv 2409.12917v2, section 3). The toy's is `arithmetic`: one strict integer, compared exactly.
-`math`, `program` and `load` are doors: what they need stands in tasks/, and is loaded when they are
-called. Nothing that a model wrote is ever run as code in this process.
+The paper's reward r(y, y*) is 0 or 1; it pays in training, measures in evaluation, and is never
+shown to the policy (arXiv 2409.12917v2, section 3). The toy's is `arithmetic`: one strict integer,
+compared exactly. `math`, `program` and `load` are for other problems; they import from the folder
+tasks/ when they are called. Nothing that a model wrote is ever run as code in this process.
 
 The toy is addition, `4835160+5164839=`, answered from the left in a fixed number of digits. Half of
 the columns are made to sum to 9, so that a carry runs far: a small model that writes the leading
@@ -166,9 +166,9 @@ def careless_sum(a_N, b_N, slip: float, slip_hard: float, rng: np.random.Generat
 
     The carry out of a column that sums to 9 is wrong with probability `slip`, and from the third
     such column in a row on with probability `slip_hard` (both 0 give the right sum). A small model
-    makes such mistakes by itself. It does not slip at random digits: a base raised on slips of that
-    kind never learns to check its carries. With slip < 0.5 < slip_hard a trained base is greedily
-    right where no three columns in a row sum to 9, however long its training.
+    makes such mistakes by itself; a base raised on wrong digits at random places would never learn
+    to check its carries. With slip < 0.5 < slip_hard a trained base is greedily right where no
+    three columns in a row sum to 9, however long its training.
     """
     carry_N, written_N, run_N = (np.zeros_like(a_N) for _ in range(3))
     columns = []

@@ -5,9 +5,9 @@ brings a tokenizer, the tokenizer.json of its folder, and a format: who speaks i
 tokens. The library `tokenizers` does the encoding; two formats are known, and others are refused.
 
 A conversation is put together in token space: prompt, the ids that the model sampled, instruction.
-That equals what the family's own template writes for the whole conversation, as long as the attempt
-is what encoding its text gives. Where it is not, the sampled ids stay. (Qwen3's template moreover
-drops what was thought once a question follows. Here it stays as it was written.)
+That equals what the family's own template writes, as long as the attempt is what encoding its text
+gives. Where it is not, the sampled ids stay. (Qwen3's template moreover drops what was thought once
+a question follows. Here it stays.)
 
 Differs from the templates: the system message is always ours, so that none is put in its place
 (Qwen2.5's and SmolLM2's say who the model is), and no date is put before it (Llama 3.1 and later).
@@ -42,17 +42,12 @@ REVISION = {
 
 
 class Format(NamedTuple):
-    """How a family's conversations are written, special tokens by name.
+    """How a family's conversations are written, special tokens by name."""
 
-    system: the system's turn, with all that comes before it. user: the user's turn, up to where the
-    assistant's first word comes. after: what stands between an attempt's end and the user's next
-    turn. end: the special token that ends a turn.
-    """
-
-    system: str
-    user: str
-    after: str
-    end: str
+    system: str  # the system's turn, with all that comes before it
+    user: str  # the user's turn, up to where the assistant's first word comes
+    after: str  # what stands between an attempt's end and the user's next turn
+    end: str  # the special token that ends a turn
 
 
 CHATML = Format(  # Qwen2 to 3, SmolLM2
@@ -73,22 +68,21 @@ SPECIAL = re.compile(r"(<\|\w+\|>)")
 
 def read_tokenizer(folder: str | Path):
     """Return the `tokenizers.Tokenizer` in a folder, to which the name of any special or added
-    token in a text is but text. What the file says of truncation and padding is not applied.
-
-    Raises:
-      ValueError: the library is missing, or the file is missing or damaged.
-    """
+    token in a text is but text. What the file says of truncation, of padding and of tokens to be
+    added to a text is not applied.
+    ValueError if the library is missing, or the file is missing or damaged."""
     path = Path(folder) / "tokenizer.json"
     try:
         from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(path))
     except ImportError:
         raise ValueError(f"{path} needs: pip install tokenizers==0.23.3") from None
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"cannot read {path}: {error}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.post_processor = None
     added = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     tokenizer.add_special_tokens(added)  # those that were not special, as Qwen's <tool_call>
     tokenizer.encode_special_tokens = True  # as text, that is
@@ -96,11 +90,7 @@ def read_tokenizer(folder: str | Path):
 
 
 def format_of(tokenizer) -> Format:
-    """Return the format of a tokenizer's model, told by its special tokens.
-
-    Raises:
-      ValueError: it is neither ChatML nor Llama 3's.
-    """
+    """Return the format that a tokenizer's special tokens tell; ValueError if none is known."""
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for found in (CHATML, LLAMA3):
         if added >= {*SPECIAL.findall(found.system + found.user)}:
@@ -109,21 +99,13 @@ def format_of(tokenizer) -> Format:
                      f"tokens are {', '.join(sorted(added)[:20]) or 'none'}")  # fmt: skip
 
 
-def encode(tokenizer, text: str) -> list[int]:
-    """Return the ids of a text, in which nothing is special and to which nothing is added."""
-    return tokenizer.encode(text, add_special_tokens=False).ids
-
-
 def fill(tokenizer, template: str, text: str) -> list[int]:
     """Return the ids of a turn, or of turns, with the text in its place. Only the template's own
     special tokens are special; what stands between two of them is encoded as one."""
     ids = []
     for i, part in enumerate(SPECIAL.split(template)):
-        ids += [tokenizer.token_to_id(part)] if i % 2 else encode(tokenizer, part.format(text=text))
+        if i % 2:
+            ids.append(tokenizer.token_to_id(part))
+        else:
+            ids += tokenizer.encode(part.format(text=text)).ids
     return ids
-
-
-def decode(tokenizer, ids: list[int]) -> str:
-    """Return the text of ids, special tokens by name. Bytes that are not UTF-8 become U+FFFD; ids
-    without a token, of which a model with a padded vocabulary can sample some, become nothing."""
-    return tokenizer.decode(ids, skip_special_tokens=False)

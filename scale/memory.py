@@ -5,8 +5,7 @@ that copies have them, too. model.py knows nothing of it.
 
 - bfloat16: matrices are multiplied in bfloat16, by autocast, and what is kept of tokens read is
   bfloat16; weights, norms and sums stay float32. A frozen model keeps its matrices rounded, as
-  autocast would round them at each use: it computes to the bit what the policy that it was copied
-  from does, with half the memory and sooner, as nothing is rounded at each token.
+  autocast would at each use: it computes to the bit what the policy does, in half the memory.
 - recompute: the backward pass computes a block again instead of keeping what it has computed.
 - compile: torch.compile fuses what stands between the matrix products. Copies are to be prepared
   again.
@@ -14,10 +13,6 @@ that copies have them, too. model.py knows nothing of it.
 
     python -c "import model; from scale import memory as m; help(m.prepare)"
 """
-
-import os
-import shutil
-import sys
 
 import torch
 from torch import nn
@@ -59,26 +54,15 @@ class RecomputedBlock(Block):
         return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-def prepare(
-    model: GPT, dtype: torch.dtype = torch.float32, recompute: bool = False, compile: bool = False
-) -> GPT:
-    """Return the model, of float32 weights on its device, made to compute as told.
-
-    Raises:
-      ValueError: another dtype than float32 and bfloat16; no C++ compiler, which `compile` needs.
-    """
-    cpu = model.embed.weight.device.type == "cpu"
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"--dtype must be float32 or bfloat16, got {dtype}")
-    cxx = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if compile and cpu and not shutil.which(cxx):
-        raise ValueError(f"--compile needs a C++ compiler: there is no {cxx} (or name it by CXX)")
+def prepare(model: GPT, dtype=torch.float32, recompute=False, compile=False) -> GPT:
+    """Return the model, of float32 weights on its device, made to compute in float32 or bfloat16.
+    For `compile` on a CPU, torch looks for the C++ compiler that CXX names, or the usual one."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             weight = module.weight
             if dtype == torch.bfloat16 and not weight.requires_grad:
                 module.weight = nn.Parameter(weight.bfloat16(), requires_grad=False)
-            elif dtype == torch.float32 and cpu and ONEDNN and weight.numel() >= LARGE:
+            elif dtype == torch.float32 and weight.is_cpu and ONEDNN and weight.numel() >= LARGE:
                 module.__class__ = OneDNNLinear
     if dtype == torch.bfloat16:
         model.__class__, model.head.__class__ = BFloat16GPT, BFloat16Linear

@@ -9,6 +9,7 @@ written folder says what it holds in the words of transformers 4 and of 5, so th
 """
 
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -41,14 +42,11 @@ COMPANIONS = (
 
 
 def read_json(path: Path) -> dict:
-    """Return the object in a JSON file; ValueError if there is none."""
+    """Return the object in a JSON file; ValueError if it cannot be read."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"cannot read {path}: it holds no JSON object")
-    return content
 
 
 def number(table: dict, name: str, kind: type, default=None):
@@ -60,11 +58,8 @@ def number(table: dict, name: str, kind: type, default=None):
 
 
 def read_config(folder: str | Path) -> dict:
-    """Return the sizes in a folder's config.json, by their names in GPTConfig.
-
-    Raises:
-      ValueError: it cannot be read, or asks for what our model does not compute.
-    """
+    """Return the sizes in a folder's config.json, by their names in GPTConfig; ValueError if it
+    cannot be read, or asks for what our model does not compute."""
     raw = read_json(Path(folder) / "config.json")
     family, layers = raw.get("model_type"), set(raw.get("layer_types") or [])
     rope = raw | (raw.get("rope_scaling") or raw.get("rope_parameters") or {})
@@ -105,9 +100,10 @@ def config_json(config: GPTConfig, dtype: torch.dtype) -> dict:
     if config.qk_norm and config.qkv_bias:
         raise ValueError("no open family has both qk_norm and qkv_bias")
     family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
-    rope = {"rope_type": "default"}
+    scaling = None
     if config.rope_scaling is not None:
-        rope = {"rope_type": "llama3", **dict(zip(LLAMA3, config.rope_scaling, strict=True))}
+        scaling = {"rope_type": "llama3", **dict(zip(LLAMA3, config.rope_scaling, strict=True))}
+    rope = (scaling or {"rope_type": "default"}) | {"rope_theta": config.rope_theta}
     name = str(dtype).removeprefix("torch.")
     return {
         "architectures": [FAMILIES[family]],
@@ -118,8 +114,8 @@ def config_json(config: GPTConfig, dtype: torch.dtype) -> dict:
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied_head,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None if config.rope_scaling is None else rope,
-        "rope_parameters": rope | {"rope_theta": config.rope_theta},
+        "rope_scaling": scaling,
+        "rope_parameters": rope,
         "dtype": name,
         "torch_dtype": name,
     }
@@ -133,8 +129,7 @@ def safetensors_library():
     try:
         import safetensors.torch
     except ImportError:
-        needed = "pip install safetensors==0.8.0"
-        raise ValueError(f"open checkpoints need: {needed}") from None
+        raise ValueError("open checkpoints need: pip install safetensors==0.8.0") from None
     return safetensors
 
 
@@ -147,10 +142,8 @@ def parts(config: GPTConfig, state_dict: dict) -> dict[str, torch.Tensor]:
     views = {}
     for name, weight in state_dict.items():
         module, kind = name.rsplit(".", 1)
-        before = ""
-        if module.startswith("blocks."):
-            _, layer, module = module.split(".", 2)
-            before = f"model.layers.{layer}."
+        block, module = re.fullmatch(r"(blocks\.\d+\.)?(.+)", module).groups("")
+        before = block.replace("blocks", "model.layers")
         pieces = weight.detach().split(rows.get(module, len(weight)))
         for there, piece in zip(MODULES[module], pieces, strict=True):
             views[f"{before}{there}.{kind}"] = piece
@@ -166,14 +159,9 @@ def open_tensors(folder: Path) -> dict:
     if not (folder / names[0]).is_file():
         if not index.is_file():
             raise ValueError(f"{folder} has neither {names[0]} nor {index.name}")
-        places = read_json(index).get("weight_map")
-        if not isinstance(places, dict):
-            raise ValueError(f"cannot read {index}: it has no weight_map")
-        names = sorted(set(map(str, places.values())))
+        names = set(read_json(index).get("weight_map", {}).values())
     where = {}
     for name in names:
-        if not (folder / name).is_file():
-            raise ValueError(f"{index} names {name}, which is missing")
         try:
             file = library.safe_open(folder / name, framework="pt")
         except (OSError, library.SafetensorError) as error:
@@ -184,13 +172,9 @@ def open_tensors(folder: Path) -> dict:
 
 def read(folder: str | Path, dtype: torch.dtype) -> tuple[dict, dict[str, torch.Tensor]]:
     """Return a folder's sizes, by their names in GPTConfig, and its tensors, by our names.
-
-    Raises:
-      ValueError: one line that names what is missing, damaged, or of another shape or kind.
-    """
-    folder = Path(folder)
+    ValueError names what is missing, damaged, or of another shape or kind."""
     sizes = read_config(folder)
-    where, config = open_tensors(folder), GPTConfig(**sizes)
+    where, config = open_tensors(Path(folder)), GPTConfig(**sizes)
     with torch.device("meta"):  # no initial weights: they would be drawn only to be overwritten
         model = GPT(config)
     tensors = {name: torch.empty(x.shape, dtype=dtype) for name, x in model.state_dict().items()}
@@ -215,14 +199,11 @@ def read(folder: str | Path, dtype: torch.dtype) -> tuple[dict, dict[str, torch.
 
 
 def write(config: GPTConfig, state_dict: dict, folder: str | Path, source=None) -> None:
-    """Write a new folder that transformers and vLLM load: whole, or not at all.
+    """Write a new folder that transformers and vLLM load: whole, or not at all. ValueError if it
+    exists, the source is none, or no open family has such a model.
 
-    Args:
-      source: a folder to copy the tokenizer and the generation settings from, and the fields of
-        config.json that do not follow from our model's.
-
-    Raises:
-      ValueError: the folder exists, the source is none, or no open family has such a model.
+    source: a folder to copy the tokenizer and the generation settings from, and the fields of
+    config.json that do not follow from our model's.
     """
     library, folder = safetensors_library(), Path(folder)
     if folder.exists():

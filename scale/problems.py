@@ -40,39 +40,26 @@ def asked(problem: verify.Problem) -> verify.Problem:
     return problem._replace(prompt=text)
 
 
-def read(path: str, task: str) -> list[tuple[verify.Problem, str]]:
-    """Return the problems of a file, each with its worked answer, or "" where there is none."""
-    try:
-        rows = files.read(Path(path))
-    except OSError as error:
-        raise ValueError(f"--train and --test must be files of problems: {error}") from None
-    if {problem.verifier is verify.math for problem, _ in rows} != {task == "math"}:
-        raise ValueError(f"{path} holds problems of another kind than {task}")
-    return rows
-
-
 def read_splits(c) -> dict[str, list[tuple[verify.Problem, str]]]:
-    """Return the rows of c.train and c.test by split: of the first file every tenth is "dev"; what
-    stands in it twice, or in the second, too, white space aside, is left out."""
-    train, test = read(c.train, c.task), read(c.test, c.task)
-    seen, kept = {" ".join(problem.prompt.split()) for problem, _ in test}, []
-    for problem, answer in train:
-        words = " ".join(problem.prompt.split())
-        if words not in seen:
-            seen.add(words)
-            kept.append((problem, answer))
+    """Return by split what is asked, each problem with its worked answer, or "" if it has none."""
+    train, test = files.read(Path(c.train)), files.read(Path(c.test))
+    for path, rows in ((c.train, train), (c.test, test)):
+        if {problem.verifier is verify.math for problem, _ in rows} != {c.task == "math"}:
+            raise ValueError(f"{path} holds problems of another kind than {c.task}")
+    by_words = {" ".join(row[0].prompt.split()): row for row in train}
+    for problem, _ in test:
+        by_words.pop(" ".join(problem.prompt.split()), None)
+    kept = list(by_words.values())
     others = [row for i, row in enumerate(kept) if i % 10]
-    return {"train": others, "dev": kept[::10], "test": test}
+    splits = {"train": others, "dev": kept[::10], "test": test}
+    return {name: [(asked(x), answer) for x, answer in rows] for name, rows in splits.items()}
 
 
 def task(c) -> Task:
-    """Return the task of a run.
+    """Return the task of a run; ValueError if a file cannot be used, or does not suffice.
 
     c: settings, of which task ("math" or "code"), checkpoint, train, test, max_new, batch, group,
     sft_steps and sft_batch.
-
-    Raises:
-      ValueError: a file cannot be used, or does not suffice for these settings.
     """
     sizes, tokenizer = pretrained.read_config(c.checkpoint), chat.read_tokenizer(c.checkpoint)
     form, splits = chat.format_of(tokenizer), read_splits(c)
@@ -80,22 +67,21 @@ def task(c) -> Task:
     system = chat.fill(tokenizer, form.system, chat.SYSTEM[c.task])
 
     def draw(n, split, rng):
-        rows = [splits[split][i] for i in rng.permutation(len(splits[split]))[:n]]
-        return [asked(problem) for problem, _ in rows], [answer for _, answer in rows]
+        return [splits[split][i] for i in rng.permutation(len(splits[split]))[:n]]
 
     def encode(text):
         return system + chat.fill(tokenizer, form.user, text)
 
     def documents(n, rng, clean):
-        problems, answers = draw(n, "train", rng)
-        answers = [[*chat.encode(tokenizer, answer), end_id] for answer in answers]
-        return [encode(problem.prompt) for problem in problems], [answers]
+        rows = draw(n, "train", rng)
+        answers = [[*tokenizer.encode(answer).ids, end_id] for _, answer in rows]
+        return [encode(problem.prompt) for problem, _ in rows], [answers]
 
     made = Task(
-        draw=lambda n, split, rng: draw(n, split, rng)[0],
+        draw=lambda n, split, rng: [problem for problem, _ in draw(n, split, rng)],
         documents=documents,
         encode=encode,
-        decode=partial(chat.decode, tokenizer),
+        decode=partial(tokenizer.decode, skip_special_tokens=False),  # an id without token: ""
         instruction=chat.fill(tokenizer, form.after + form.user, chat.REVISION[c.task]),
         end_id=end_id,
         vocab_size=sizes["vocab_size"],
@@ -109,23 +95,21 @@ def task(c) -> Task:
 def check(c, made: Task, splits: dict) -> None:
     """Raise ValueError if a step needs more problems than there are, if there is no worked answer
     where one is to be imitated, or if a problem with its answers does not fit the model."""
-    rows, rng, most = splits["train"], np.random.default_rng(0), 0
+    rows = splits["train"]
     needed = max(c.batch // c.group, c.sft_batch if c.sft_steps else 0)
     if len(rows) < needed:
         raise ValueError(
             f"--train {c.train}: a step needs {needed} problems (--batch / --group, --sft-batch); "
             f"it has {len(rows)}, without a tenth for dev and those in --test"
         )
+    if c.sft_steps and not all(answer for _, answer in rows):
+        raise ValueError(f"--train {c.train} has problems without a worked answer to imitate: "
+                         f"--sft-steps must be 0, got {c.sft_steps}")  # fmt: skip
+    most = max(len(made.encode(problem.prompt)) for rows in splits.values() for problem, _ in rows)
+    most += 2 * made.max_new + len(made.instruction)
     if c.sft_steps:
-        if not all(answer for _, answer in rows):
-            raise ValueError(f"--train {c.train} has problems without a worked answer to imitate: "
-                             f"--sft-steps must be 0, got {c.sft_steps}")  # fmt: skip
-        prompts, (answers,) = made.documents(len(rows), rng, True)
-        most = max(len(ids) + len(answer) for ids, answer in zip(prompts, answers, strict=True))
-    for split, rows in splits.items():
-        for problem in made.draw(len(rows), split, rng):
-            n = len(made.encode(problem.prompt)) + 2 * made.max_new + len(made.instruction)
-            most = max(most, n)
+        prompts, (answers,) = made.documents(len(rows), np.random.default_rng(0), True)
+        most = max(most, *(len(x) + len(y) for x, y in zip(prompts, answers, strict=True)))
     if most > made.max_positions:
         raise ValueError(
             f"--max-new {c.max_new}: a problem with its answers takes up to {most} tokens, "

@@ -70,7 +70,7 @@ class Config(methods.Config):
 
     limits: ClassVar = methods.Config.limits | dict(
         base_attempts=(2, 2), recompute=(0, 1), compile=(0, 1), save_every=(1, 10**9),
-        tensorboard=(0, 1),
+        tensorboard=(0, 1), sft_steps=(0, 10**9),
     )  # fmt: skip
 
     def __post_init__(self):

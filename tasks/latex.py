@@ -352,8 +352,6 @@ class Parser:
         if self.take("["):
             index = self.signed()
             self.expect("]")
-        if self.peek()[0] == "num" and len(self.peek()[1]) > 1:
-            raise Unreadable("a root of several digits without braces")
         x = scalar(self.argument())
         if isinstance(x, Fraction) and x < 0 and isinstance(index, Fraction) and index % 2 == 1:
             return negative(power(-x, 1 / index))  # the real root, as schools have it

@@ -215,7 +215,8 @@ def test_examples_are_the_first_of_each_kind():
             for i, pair in enumerate(rewards)]  # fmt: skip
     assert [tuple(x.values()) for x in evaluation.examples(rows)] == [
         ("failed", "0+0=", "0", "0", "00"), ("kept", "1+0=", "1", "1", "11"),
-        ("repaired", "3+0=", "3", "3", "33"),
+        ("unjudged", "2+0=", "2", "2", "22"), ("repaired", "3+0=", "3", "3", "33"),
+        ("spoiled", "5+0=", "5", "5", "55"),
     ]  # fmt: skip
 
 

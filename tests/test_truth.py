@@ -102,8 +102,8 @@ MUTANTS = {
         ("score.py", "cost_BS.flip(1).cumsum(1).flip(1)", "cost_BS.cumsum(1)")
     ],
     "own-length division": [
-        ("score.py", "(cost_BS - score_BS * credit_BS).sum(dim=1)",
-         "(cost_BS - score_BS * credit_BS).sum(dim=1) / mask_BS.sum(dim=1)")
+        ("score.py", "(cost_BS - zero_BS * credit_BS).sum(dim=1)",
+         "(cost_BS - zero_BS * credit_BS).sum(dim=1) / mask_BS.sum(dim=1)")
     ],
     "KL argument order": [
         ("rollout.py", KL, "kl_BS = (base_BSV.exp() * (base_BSV - logp_BSV)).sum(dim=-1)")

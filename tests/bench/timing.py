@@ -47,12 +47,12 @@ def in_turns(works: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def in_kernels(work: Callable) -> float:
+def in_kernels(work: Callable, pairs: int) -> float:
     """Return the share of a work's time that matrix products and attention take: their seconds, as
-    the profiler counts them, of the seconds without a profiler, the median of three pairs."""
+    the profiler counts them, of the seconds without a profiler; the median of so many pairs."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines
     shares = []
-    for _ in range(3):
+    for _ in range(pairs):
         start = time.perf_counter()
         work()
         seconds = time.perf_counter() - start

@@ -62,7 +62,7 @@ def test_two_turns_in_token_space_are_those_of_the_official_template(both):
     for problem, attempt, revise in zip(*3 * [iter(strings(90))], strict=True):
         row = chat.fill(tokenizer, form.system, chat.SYSTEM["math"])
         row += chat.fill(tokenizer, form.user, problem)
-        row += [*chat.encode(tokenizer, attempt), end_id]
+        row += [*tokenizer.encode(attempt).ids, end_id]
         row += chat.fill(tokenizer, form.after + form.user, revise)
         said = zip(("system", "user", "assistant", "user"),
                    (chat.SYSTEM["math"], problem, attempt, revise), strict=True)  # fmt: skip
@@ -71,7 +71,6 @@ def test_two_turns_in_token_space_are_those_of_the_official_template(both):
             messages, add_generation_prompt=True, return_dict=False
         )
         assert row == official
-        assert chat.decode(tokenizer, row) == theirs.decode(official, skip_special_tokens=False)
 
 
 def test_special_tokens_in_a_problem_are_but_text(both):
@@ -81,13 +80,7 @@ def test_special_tokens_in_a_problem_are_but_text(both):
     added = set(tokenizer.get_added_tokens_decoder())
     innocent, ids = (chat.fill(tokenizer, form.user, text) for text in ("?", hostile))
     assert [x for x in ids if x in added] == [x for x in innocent if x in added]
-    assert hostile in chat.decode(tokenizer, ids)
-
-
-def test_ids_that_are_no_text_are_decoded(both):
-    _, tokenizer, _ = both
-    one = chat.encode(tokenizer, "é")[0]  # the first of two bytes
-    assert chat.decode(tokenizer, [one, 10**6]) == "\ufffd"
+    assert hostile in tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def test_what_is_not_known_is_refused_in_one_line(tmp_path, monkeypatch):

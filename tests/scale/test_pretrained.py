@@ -313,13 +313,12 @@ def test_missing_and_damaged_files_are_refused_by_name(open_models, tmp_path):
     index = "model.safetensors.index.json"
     refused(shutil.rmtree, "cannot read .*config.json")
     refused(writes("config.json", "{"), "cannot read .*config.json")
-    refused(writes("config.json", "[]"), "config.json: it holds no JSON object")
     refused(lambda folder: (folder / "model.safetensors").unlink(),
             f"has neither model.safetensors nor {index}")  # fmt: skip
     refused(halve, "cannot read .*model.safetensors")
     refused(lambda folder: next(folder.glob("model-00002*")).unlink(),
-            "index.json names model-00002-of.*, which is missing", **several)  # fmt: skip
-    refused(writes(index, "{}"), "index.json: it has no weight_map", **several)
+            "cannot read .*model-00002-of", **several)  # fmt: skip
+    refused(writes(index, "{}"), "lacks [0-9]+ tensors, first lm_head.weight", **several)
 
 
 def test_a_folder_is_written_whole_or_not_at_all(open_models, tmp_path, monkeypatch):
