@@ -105,10 +105,11 @@ def find_task(name: str) -> tuple[Callable, dict]:
     defaults for it: of addition; or `task` and `SETTINGS` of a module in the folder tasks/."""
     if name == "addition":
         return addition, {}
-    if not name.isidentifier() or not (Path(__file__).parent / "tasks" / f"{name}.py").is_file():
-        raise ValueError(f"--task must be addition or a module of tasks/, got {name!r}")
-    module = importlib.import_module(f"tasks.{name}")
-    return module.task, module.SETTINGS
+    if name.isidentifier() and (Path(__file__).parent / "tasks" / f"{name}.py").is_file():
+        module = importlib.import_module(f"tasks.{name}")
+        if hasattr(module, "task"):
+            return module.task, module.SETTINGS
+    raise ValueError(f"--task must be addition or a module of tasks/ with a task, got {name!r}")
 
 
 # --- one turn -------------------------------------------------------------------------------------

@@ -44,8 +44,8 @@ COMPANIONS = (
 def read_json(path: Path) -> dict:
     """Return the object in a JSON file; ValueError if it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"cannot read {path}: {error}") from None
 
 

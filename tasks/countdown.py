@@ -31,7 +31,6 @@ SETTINGS = dict(  # where score.py's defaults differ for this task
     stage1_steps=80, lr=5e-4,
 )  # fmt: skip
 TOKENS = [*"0123456789+-*/()=: ", "<|end|>", "<|revise|>"]
-LARGEST = 9  # of a problem's numbers
 MAX_CHARS = 100  # of an expression: bounds the work, and with the next line the fractions
 NUMBER = re.compile(r"0|[1-9][0-9]{0,3}")  # no leading zeros; [0-9], not every script's digits
 OPERATORS = {  # how closely they bind, and what they do
@@ -115,14 +114,14 @@ def plans(M: int) -> np.ndarray:
 
 
 def draw(n: int, split: str, rng: np.random.Generator, M: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw n problems of one split: numbers [N, M], uniform in 1 to LARGEST, and targets [N], each
+    """Draw n problems of one split: numbers [N, M], uniform in 1 to 9, and targets [N], each
     the value of a random plan, and not negative. The same numbers in another order, with the same
     target, are always in the same split."""
     if split not in ("train", "dev", "test"):
         raise ValueError(f"split must be train, dev or test, got {split!r}")
     x_NM, target_N = np.zeros((0, M), int), np.zeros(0, int)
     while len(x_NM) < n:
-        more_NM = rng.integers(1, LARGEST + 1, (2 * n, M))
+        more_NM = rng.integers(1, 10, (2 * n, M))
         more_N = (more_NM * rng.choice(plans(M), 2 * n)).sum(axis=1)
         sorted_N = np.sort(more_NM) @ 10 ** np.arange(M)
         kept_N = (more_N >= 0) & (split_of(sorted_N, abs(more_N)) == split)

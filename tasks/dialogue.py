@@ -16,10 +16,13 @@ Tests and programs have the standard library only. Values may be nested some 300
 import ast
 import builtins
 import json
+import operator
 import os
 import symtable
 import sys
 import types
+from contextlib import suppress
+from functools import partialmethod
 
 TRAFFIC = 64 * 2**20  # bytes that one program may say, all its values together
 ITEMS = 4 * 10**6  # items in one of its values
@@ -60,10 +63,8 @@ def run_tests(job: dict, read: int, write: int) -> tuple[str, str]:
         peer.ask(0, "run", code)
         for name in wanted:
             names.pop(name, None)  # the stub of the prompt
-            try:
+            with suppress(AttributeError):
                 names[name] = getattr(Remote(peer, 0), name)
-            except AttributeError:
-                pass
         undefined = {name for name in called if not callable(names.get(name))} - set(dir(builtins))
         if undefined:  # said here: tests that catch every error would have asked for nothing
             return "wrong", f"the program does not define {', '.join(sorted(undefined))}"
@@ -93,12 +94,8 @@ def prepare(tests: str, names: dict, entry_point: str | None):
     tables = [top]
     for table in tables:
         tables += table.get_children()
-    used = {
-        symbol.get_name()
-        for table in tables
-        for symbol in table.get_symbols()
-        if symbol.is_referenced() and (table is top or symbol.is_global())
-    }
+    symbols = [symbol for table in tables for symbol in table.get_symbols()]
+    used = {s.get_name() for s in symbols if s.is_referenced() and s.is_global()}
     used -= {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
     tree = ast.parse(tests)
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
@@ -114,7 +111,7 @@ def prepare(tests: str, names: dict, entry_point: str | None):
             call = node.value
             call.args.insert(0, call.func)
             call.func = ast.copy_location(ast.Name(CALL_IN_PLACE, ast.Load()), call.func)
-    at_once = {symbol.get_name() for symbol in top.get_symbols() if symbol.is_referenced()}
+    at_once = {s.get_name() for s in top.get_symbols() if s.is_referenced()}
     return compile(tree, "<tests>", "exec"), wanted, wanted & called, at_once
 
 
@@ -122,23 +119,20 @@ def call_in_place(function, *args, **kwargs):
     """Call a function whose value nobody uses: its effect on the arguments is what is asked."""
     if type(function) is not Remote:
         return function(*args, **kwargs)
-    changed = function._peer.ask(function._number, "call_in_place", *args, **kwargs)
+    changed = function._ask("call_in_place", *args, **kwargs)
     for mine, theirs in zip(args, changed, strict=True):
-        if type(mine) is type(theirs) is list:
-            mine[:] = theirs
-        elif type(mine) is type(theirs) and type(mine) in (dict, set):
+        if type(mine) is type(theirs) and type(mine) in (list, dict, set):
             mine.clear()
-            mine.update(theirs)
+            (mine.extend if type(mine) is list else mine.update)(theirs)
 
 
 def where(error: BaseException) -> str:
     """Say on which line of the tests an error was met, if on one."""
-    text, trace = "", error.__traceback__
-    while trace:
-        if trace.tb_frame.f_code.co_filename == "<tests>":
-            text = f"line {trace.tb_lineno} of the tests: "
-        trace = trace.tb_next
-    return text
+    import traceback  # here, as right programs need it not
+
+    steps = traceback.walk_tb(error.__traceback__)
+    lines = [line for frame, line in steps if frame.f_code.co_filename == "<tests>"]
+    return f"line {lines[-1]} of the tests: " if lines else ""
 
 
 # --- the candidate --------------------------------------------------------------------------------
@@ -153,19 +147,12 @@ def answer_questions(read: int, write: int):
         peer.answer(*peer.receive())
 
 
+METHODS = operator.call, operator.getitem, setattr, iter, next, len, bool, str  # of a Remote
 OPERATIONS = {  # that the judge may ask for, on the program's module or on an object of it
+    **{operation.__name__: operation for operation in (*METHODS, getattr)},
     "compile": lambda module, source: compile(source, "program.py", "exec", dont_inherit=True),
     "run": lambda module, code: exec(code, vars(module)),
-    "call": lambda function, *args, **kwargs: function(*args, **kwargs),
     "call_in_place": lambda function, *args, **kwargs: (function(*args, **kwargs), args)[1],
-    "getattr": getattr,
-    "setattr": setattr,
-    "getitem": lambda value, key: value[key],
-    "iter": iter,
-    "next": next,
-    "len": len,
-    "bool": bool,
-    "str": str,
 }
 
 # --- the protocol ---------------------------------------------------------------------------------
@@ -177,11 +164,8 @@ PARTS = {  # the other types: how to take a value apart, and to make one of the 
     bytes: (lambda value: [value.hex()], lambda parts: bytes.fromhex(*parts)),
     bytearray: (lambda value: [value.hex()], lambda parts: bytearray.fromhex(*parts)),
     range: (lambda value: [value.start, value.stop, value.step], lambda parts: range(*parts)),
-    list: (list.__iter__, list),
-    tuple: (tuple.__iter__, tuple),
-    set: (set.__iter__, set),
-    frozenset: (frozenset.__iter__, frozenset),
     dict: (dict.items, dict),
+    **{kind: (kind.__iter__, kind) for kind in (list, tuple, set, frozenset)},
 }
 TYPES = {kind.__name__: kind for kind in (*SCALARS, *PARTS)}
 NUMBERS = {"Fraction": "fractions", "Decimal": "decimal"}  # with their modules, to import if met
@@ -203,15 +187,14 @@ class Remote:
     def __getattr__(self, name):
         if name.startswith("__"):  # hooks that copy and others look for
             raise AttributeError(name)
-        return self._peer.ask(self._number, "getattr", name)
+        return self._ask("getattr", name)
+
+    def _ask(self, operation, *args, **kwargs):
+        return self._peer.ask(self._number, operation, *args, **kwargs)
 
 
-def forward(operation):
-    return lambda self, *args, **kwargs: self._peer.ask(self._number, operation, *args, **kwargs)
-
-
-for name in ("call", "setattr", "getitem", "iter", "next", "len", "bool", "str"):
-    setattr(Remote, f"__{name}__", forward(name))
+for name in [operation.__name__ for operation in METHODS]:
+    setattr(Remote, f"__{name}__", partialmethod(Remote._ask, name))
 
 
 class Peer:
@@ -323,7 +306,6 @@ def their_error(name: str, text: str) -> Exception:
     if not (isinstance(kind, type) and issubclass(kind, Exception)):
         kind = RuntimeError  # SystemExit and the like
     error = kind.__new__(kind, text)  # some cannot be initialised with only a text
-    if isinstance(error, SyntaxError):
-        error.msg = text
+    error.msg = text  # of a SyntaxError
     error.of_program = True
     return error

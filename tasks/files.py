@@ -21,8 +21,9 @@ from verify import Problem
 NUMBER = re.compile(r"-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")  # with thousands commas
 
 
-def load(path: str | os.PathLike) -> list[Problem]:
-    """Return the problems in a local file.
+def read(path: str | os.PathLike) -> list[tuple[Problem, str]]:
+    """Return the problems in a local file, each with its worked answer, in the form that its
+    verifier reads; "" where there is none.
 
     A row is of MATH or MATH-500 (problem, and answer or solution), GSM8K (question, answer), MBPP
     (text or prompt, test_list) or HumanEval (prompt, entry_point, test); more fields do no harm.
@@ -31,19 +32,8 @@ def load(path: str | os.PathLike) -> list[Problem]:
       ValueError: names the file, the row, and the field that is missing or not as it must be.
       OSError: the file cannot be read.
     """
-    return [problem for problem, _ in read(Path(path))]
-
-
-def solutions(path: str | os.PathLike) -> list[str]:
-    """Return the worked answer to each problem of a file, in the form that its verifier reads; ""
-    where there is none. Raises as `load`."""
-    return [worked for _, worked in read(Path(path))]
-
-
-def read(path: Path) -> list[tuple[Problem, str]]:
-    """Return the problems in a file, with their worked answers."""
     found = []
-    for place, row in rows_of(path):
+    for place, row in rows_of(Path(path)):
         if not isinstance(row, dict):
             raise ValueError(f"{place}: must be an object with fields, got {str(row)[:50]!r}")
         try:
@@ -83,11 +73,7 @@ def parse(text: str, place):
 
 
 def problem_of(row: dict) -> tuple[Problem, str]:
-    """Return a row's problem and its worked answer.
-
-    Raises:
-      KeyError, ValueError: a field is missing, or not as it must be.
-    """
+    """Return a row's problem and its worked answer."""
     for name, of_row in READERS.items():
         if name in row:
             return of_row(row)
@@ -102,13 +88,12 @@ def field(row: dict, name: str) -> str:
 
 def of_math(row: dict) -> tuple[Problem, str]:
     """MATH's solution holds the answer, in its box; MATH-500 gives it besides."""
-    if "answer" in row:
-        worked = row.get("solution")
-        worked = worked if isinstance(worked, str) and BOX.search(worked) else ""
-        return Problem(field(row, "problem"), field(row, "answer"), verify.math), worked
-    if not BOX.search(field(row, "solution")):
+    gold = field(row, "answer" if "answer" in row else "solution")
+    worked = str(row.get("solution"))
+    boxed = BOX.search(worked)
+    if "answer" not in row and not boxed:
         raise ValueError("field 'solution' holds no \\boxed{}")
-    return Problem(field(row, "problem"), row["solution"], verify.math), row["solution"]
+    return Problem(field(row, "problem"), gold, verify.math), worked if boxed else ""
 
 
 def of_gsm8k(row: dict) -> tuple[Problem, str]:

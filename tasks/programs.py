@@ -30,17 +30,12 @@ FENCE = re.compile(r"[ \t]*(```+|~~~+)[ \t]*(\w*)[ \t]*")  # a whole line
 def judge(
     source: str, tests: str, timeout: float, entry_point: str | None = None, prompt: str = ""
 ) -> tuple[int | None, str, str]:
-    """Return the reward, status and detail of a program's verdict.
+    """Return the reward, status and detail of a program's verdict (see `verify.program`).
 
-    Args:
-      source: the whole program, for HumanEval the prompt and its completion.
-      tests: asserts, as of MBPP (imports and setup code in front), or HumanEval's `check`.
-      timeout: seconds for everything together.
-      entry_point: the function that `check` is called with, where the tests do not call it.
-      prompt: trusted code, whose helpers the tests use rather than the program's.
-
-    The detail ends with the isolation that the system granted. Safe in threads and in a large
-    process: it is neither forked, nor does it need a signal handler.
+    Tests are asserts, as of MBPP, or HumanEval's `check`, which is called with the entry point; its
+    prompt is trusted code, whose helpers the tests use rather than the program's. The timeout, in
+    seconds, is for everything together. The detail ends with the isolation that the system granted.
+    Safe in threads and in a large process: it is not forked, and no signal handler is set.
 
     Raises:
       OSError: the system is neither Linux nor macOS.
@@ -89,20 +84,20 @@ def attempt(
     completion is a program of its own, which has the prompt's imports, or it goes on where the
     prompt, a function's head and docstring, ends.
     """
-    fenced, source = code_of(answer)
+    source = code_of(answer)
     if prompt:
-        source = prompt + ("\n" if fenced else "") + source
+        source = prompt + ("" if source == answer else "\n") + source
     return verify.program(source, gold, entry_point=entry_point, prompt=prompt)
 
 
-def code_of(answer: str) -> tuple[bool, str]:
-    """Return whether a program stands in a fenced block, and the last such, or the whole answer.
+def code_of(answer: str) -> str:
+    """Return the last program that stands in a fenced block, or else the whole answer.
 
     Blocks that say that they are Python come before blocks that say nothing; others, and blocks
     without an end, are none.
 
     >>> code_of("Like this:\\n```python\\nx = 1\\n```\\nor not"), code_of("x = 1")
-    ((True, 'x = 1\\n'), (False, 'x = 1'))
+    ('x = 1\\n', 'x = 1')
     """
     found, mark, language, lines = {}, None, "", []
     for line in answer.replace("\r\n", "\n").split("\n"):
@@ -116,7 +111,4 @@ def code_of(answer: str) -> tuple[bool, str]:
             mark = None
         else:
             lines.append(line)
-    for language in ("python", ""):
-        if language in found:
-            return True, found[language]
-    return False, answer
+    return found.get("python", found.get("", answer))

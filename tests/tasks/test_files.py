@@ -61,7 +61,7 @@ def test_rows_become_problems_and_worked_answers(tmp_path, name):
             about = about.keywords
         assert (problem.prompt, problem.gold, about) == (prompt, gold, verifier)
         assert pickle.loads(pickle.dumps(problem)).prompt == prompt  # to be judged elsewhere
-    assert files.solutions(tmp_path / name) == [worked for *_, worked in ROWS]
+    assert [x for _, x in files.read(tmp_path / name)] == [worked for *_, worked in ROWS]
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,9 @@ def test_rows_become_problems_and_worked_answers(tmp_path, name):
 )
 def test_what_is_wrong_is_named(tmp_path, name, text, words):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    for read in (verify.load, files.solutions):
-        with pytest.raises(ValueError) as error:
-            read(tmp_path / name)
-        assert all(word in str(error.value) for word in [name, *words]), str(error.value)
+    with pytest.raises(ValueError) as error:
+        verify.load(tmp_path / name)
+    assert all(word in str(error.value) for word in [name, *words]), str(error.value)
 
 
 def test_a_file_that_is_not_there_is_an_os_error(tmp_path):
@@ -109,6 +108,6 @@ def test_a_file_that_is_not_there_is_an_os_error(tmp_path):
 def test_gsm8ks_worked_answers_are_right_in_the_form_that_is_imitated():
     """Those of programs are judged in test_programs.py."""
     path = DATA / "gsm8k" / "train.jsonl"
-    for problem, worked in zip(verify.load(path)[:300], files.solutions(path), strict=False):
+    for problem, worked in files.read(path)[:300]:
         assert "<<" not in worked and "####" not in worked
         assert verify.judge(problem, worked, truncated=False).reward == 1

@@ -413,8 +413,8 @@ def published(name: str):
     """Return the problems of a data set, and their worked answers in prose."""
     if not (DATA / name).exists():
         pytest.skip(f"no {DATA / name}")
-    solutions = files.solutions(DATA / name)
-    return files.load(DATA / name), [f"Here it is.\n\n{x}\n\nDone." for x in solutions]
+    problems, solutions = zip(*files.read(DATA / name), strict=True)
+    return problems, [f"Here it is.\n\n{x}\n\nDone." for x in solutions]
 
 
 def test_humaneval_solutions_pass_and_functions_without_a_body_fail():
