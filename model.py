@@ -74,13 +74,13 @@ class Cache:
     holds more tokens; it is a plain int, as a GPU would have to be waited for to read length_B.
     """
 
-    def __init__(self, model: "GPT", rows: int, slots: int, dtype: torch.dtype | None = None):
+    def __init__(self, model: "GPT", rows: int, slots: int):
         c, weight = model.config, model.embed.weight
         if slots > c.max_positions:
             raise ValueError(f"{slots} tokens do not fit max_positions = {c.max_positions}")
         shape = (rows, c.n_kv_head, slots, c.head_size)
-        self.k = [weight.new_zeros(shape, dtype=dtype) for _ in range(c.n_layer)]
-        self.v = [weight.new_zeros(shape, dtype=dtype) for _ in range(c.n_layer)]
+        self.k = [weight.new_zeros(shape) for _ in range(c.n_layer)]
+        self.v = [weight.new_zeros(shape) for _ in range(c.n_layer)]
         self.length_B = torch.zeros(rows, dtype=torch.long, device=weight.device)
         self.reach = 0
 

@@ -63,10 +63,8 @@ def all_gather(x: list) -> list:
 
 
 def on_main(do: Callable, *words):
-    """Let the main process do something, with files or settings; return in all what it returns.
-
-    If it fails, it ends, and torchrun ends those that wait.
-    """
+    """Let the main process do something; return in all what it returns. If it fails, it ends, and
+    torchrun ends those that wait."""
     return all_gather([do(*words)] if rank() == 0 else [])[0]
 
 

@@ -5,8 +5,7 @@ micro-batches and processes. The distributions over the vocabulary are made for 
 at a time, and once more in the backward pass, so that no [B, S, V] is kept. The equations and the
 sampler are those of the core. Dimension key: as in score.py.
 
-Differs from the core: in bfloat16, where sampler and trainer round differently, their gap is only
-logged.
+Differs from the core: in bfloat16 sampler and trainer round differently: a gap is only logged.
 
     python -c "from scale import steps; print(steps.slices(range(4, 9), 3))"
 """
@@ -17,11 +16,10 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from model import GPT
-from rollout import Rollout, grade, log_probs, make_rows, rollout, summary, token_terms
+from rollout import Rollout, grade, summary, token_terms
 from scale.memory import prepare
 from scale.processes import all_gather, gathered, my_rows, world_size
 from score import Phase, Run, loss
@@ -46,14 +44,6 @@ def take(r: Rollout, at: slice) -> Rollout:
     return Rollout(ids_BT, turn_BS, logp_BS, [column[at] for column in r.attempts])
 
 
-def join(parts: list[Rollout], device) -> Rollout:
-    """Return the rows of all parts, in order."""
-    columns = zip(*((r.ids_BT, r.turn_BS, r.logp_BS) for r in parts), strict=True)
-    padded = (pad_sequence([row for x in column for row in x], True) for column in columns)
-    attempts = [sum(columns, []) for columns in zip(*(r.attempts for r in parts), strict=True)]
-    return Rollout(*(x.to(device) for x in padded), attempts)
-
-
 def frozen(model: GPT, weights: dict, c) -> GPT:
     """Return a model of the same sizes with these weights, which are not trained. In float32 it
     shares their memory; in bfloat16 its matrices are rounded here, and not at each use."""
@@ -75,28 +65,22 @@ def judge(r: Rollout, problems: list, task) -> torch.Tensor:
 
 
 def collect(run: Run, author: GPT, K: int = 2, offline: float = 0.0):
-    """Return what `score.collect` does, each process having written and judged its own rows.
-
-    offline: share of the problems, the first, whose attempt 1 the base writes.
-    """
+    """Return what `methods.collect` does, each process having written and judged its own rows."""
     c, task = run.config, run.task
     drawn = task.draw(c.batch // c.group, "train", run.rng)
     noise_KBN = torch.from_numpy(run.rng.random((K, c.batch, task.max_new)))
     problems = [problem for problem in drawn for _ in range(c.group)]
     if author is run.policy and (world_size() > 1 or c.dtype == "bfloat16"):
         author = frozen(author, gathered(author.state_dict()), c)
-    n, parts = round(offline * len(drawn)), []
+    parts = []
     for at in slices(my_rows(c.batch), c.sample_batch):
-        prompts = [task.encode(problem.prompt) for problem in problems[at][:: c.group]]
-        rows = task, prompts, noise_KBN[:, at].to(c.device), c.temperature
-        theirs = min(n - at.start // c.group, len(prompts))
-        if theirs > 0:
-            r = methods.offline_rollout(author, run.base, *rows, theirs)
-        else:
-            r = rollout(author, *rows)
-        parts.append((join([r], "cpu"), judge(r, problems[at], task).cpu()))
+        prompts, noise = [task.encode(x.prompt) for x in problems[at][:: c.group]], noise_KBN[:, at]
+        n = min(max(round(offline * len(drawn)) - at.start // c.group, 0), len(prompts))
+        rows = task, prompts, noise.to(c.device), c.temperature, n
+        r = methods.offline_rollout(author, run.base, *rows)
+        parts.append((methods.join([r], "cpu"), judge(r, problems[at], task).cpu()))
     rows, rewards = zip(*all_gather(parts), strict=True)
-    return join(rows, c.device), problems, torch.cat(rewards, dim=1).to(c.device)
+    return methods.join(rows, c.device), problems, torch.cat(rewards, dim=1).to(c.device)
 
 
 # --- updates, in parts ----------------------------------------------------------------------------
@@ -144,16 +128,12 @@ def rl_update(run: Run, r: Rollout, reward_KB, paid_and_held, base: GPT) -> dict
 
 def sft_update(run: Run, r: Rollout, mask_BS, temperature: float) -> dict:
     """Do what `score.sft_update` does, in parts; all processes have all rows."""
-
-    def likelihood(policy, r, temperature):
-        logp_BSV = log_probs(policy(r.ids_BT[:, :-1]), temperature)
-        return (logp_BSV.gather(-1, r.ids_BT[:, 1:, None])[..., 0],)
-
     c, tokens, losses = run.config, int(mask_BS.sum()), []
     run.optimizer.zero_grad()
     for at in slices(my_rows(len(mask_BS)), c.micro_batch):
         rows = take(r, at)
-        (logp_BS,) = in_chunks(likelihood, [run.policy], rows, temperature, c.chunk)
+        given = [run.policy], rows, temperature, c.chunk
+        (logp_BS,) = in_chunks(lambda *x: [methods.token_log_probs(*x)], *given)
         part = -(logp_BS * mask_BS[at, : logp_BS.shape[1]]).sum() / tokens
         part.backward()
         losses.append(part.item())
@@ -167,53 +147,13 @@ def descend(run: Run) -> float:
     return gathered(norm).item()
 
 
-# --- steps: those of study/methods.py, made of the pieces above -----------------------------------
-
-
-def base_step(run: Run) -> dict:
-    """Raise the likelihood of fresh documents, or worked answers; return what is logged."""
-    c = run.config
-    texts = run.task.documents(c.sft_batch, run.rng, run.step < c.clean * c.sft_steps)
-    r = make_rows(*texts, run.task.instruction, c.device)
-    return sft_update(run, r, r.turn_BS > 0, 1.0)
-
-
-def rl_step(
-    run, stage, K=2, paid=None, held_to=methods.the_base, offline=False, balanced=False
-) -> dict:
-    """Do what `methods.rl_step` does, or `offline_step`, or `balanced_step`."""
-    c, settings = run.config, run.optimizer.param_groups[0]
-    beta2 = settings.setdefault("beta2", c.beta2)
-    r, _, reward_KB = collect(run, run.policy, K, c.offline if offline else 0.0)
-    log = rl_update(run, r, reward_KB, stage(reward_KB, replace(c, beta2=beta2)), held_to(run))
-    if balanced:
-        target = min(max(log["acc_t2"] / max(log["kl1"], 1e-9), c.beta2 / 10), c.beta2 * 10)
-        settings["beta2"] = beta2**0.9 * target**0.1
-        log |= dict(beta2=beta2)
-    own_KB = torch.stack([(r.turn_BS == k).any(dim=1) for k in range(1, K + 1)])
-    mean_K = reward_KB.where(own_KB, torch.nan)[:paid].nanmean(dim=1)
-    log |= dict(reward=sum(mean_K.nan_to_num(0.0).tolist()))
-    return {key: x for key, x in log.items() if x == x}  # without own attempts no entropy
-
-
-def imitation_step(run: Run, author, choose) -> dict:
-    """Do what `methods.imitation_step` does."""
-    r, problems, reward_KB = collect(run, author(run))
-    rows, mask_BS = choose(run, r, problems, reward_KB)
-    log = summary(r, reward_KB, run.task) | dict(examples=mask_BS.any(dim=1).float().mean().item())
-    if not mask_BS.any():
-        return log | dict(loss=0.0, grad_norm=0.0)
-    return log | sft_update(run, rows, mask_BS, run.config.temperature)
-
-
-STEPS = {
-    methods.base_step: base_step, methods.rl_step: rl_step, methods.imitation_step: imitation_step,
-    methods.offline_step: partial(rl_step, offline=True),
-    methods.balanced_step: partial(rl_step, balanced=True),
-}  # fmt: skip
+# --- steps: those of study/methods.py, of the pieces above ----------------------------------------
 
 
 def in_parts(phase: Phase) -> Phase:
     """Return a phase of study/methods.py whose step is taken in parts."""
-    step = partial(phase.step)  # of a partial, the same again
-    return phase._replace(step=partial(STEPS[step.func], **step.keywords))
+    pieces = {
+        methods.base_step: dict(update=sft_update),
+        methods.imitation_step: dict(collect=collect, update=sft_update),
+    }.get(partial(phase.step).func, dict(collect=collect, update=rl_update))
+    return phase._replace(step=partial(phase.step, **pieces))

@@ -43,6 +43,7 @@ PRESETS = {
     "mbpp": "--run runs/mbpp --lr 1e-5 --stage1-steps 750 --stage2-steps 750 --batch 128 "
     "--beta2 0.25 --max-new 512 " + BOTH,
 }
+MIB = 2**20 if sys.platform == "darwin" else 2**10  # in units of the system's resident memory
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class Config(methods.Config):
     tensorboard: int = 0  # 1: write what is logged for TensorBoard, too
 
     limits: ClassVar = methods.Config.limits | dict(
-        base_attempts=(2, 2), recompute=(0, 1), compile=(0, 1), save_every=(1, 10**9),
-        tensorboard=(0, 1), sft_steps=(0, 10**9),
+        recompute=(0, 1), compile=(0, 1), save_every=(1, 10**9), tensorboard=(0, 1),
+        sft_steps=(0, 10**9),
     )  # fmt: skip
 
     def __post_init__(self):
@@ -118,12 +119,6 @@ def new_run(c: Config, folder: Path) -> score.Run:
     return run
 
 
-def peak() -> int:
-    """Return the most memory, in bytes, that this process has had: of its GPU, or resident."""
-    here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (2**10, 1)[sys.platform == "darwin"]
-    return torch.cuda.max_memory_allocated() or here
-
-
 def drive(run: score.Run) -> None:
     """Train to the end; log, show and save as `score.drive` does, and tell what the steps took."""
     c, main, log, board = run.config, processes.rank() == 0, run.folder / "log.jsonl", None
@@ -138,7 +133,9 @@ def drive(run: score.Run) -> None:
         save_phase(run)
     for n, row in enumerate(score.train(run), start=done + 1):
         seconds, start = time.monotonic() - start, time.monotonic()
-        took = dict(phase=row["phase"], step=row["step"], seconds=seconds, peak_mib=peak() / 2**20)
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB
+        peak = torch.cuda.max_memory_allocated() / 2**20 or resident
+        took = dict(phase=row["phase"], step=row["step"], seconds=seconds, peak_mib=peak)
         took |= {f"{key}_per_s": row[key] / seconds for key in ("tokens", "episodes") if key in row}
         if main:
             for path, content in ((log, row), (run.folder / "speed.jsonl", took)):

@@ -61,9 +61,8 @@ def run_all(waves, workers: int) -> list[dict]:
             futures = {pool.submit(work, job): job for job in wave}
             for done, future in enumerate(as_completed(futures), start=len(found) + 1):
                 last = list(future.result()["phases"].values())[-1]
-                print(f"{done:>4}/{total}  {futures[future].folder.name:<28} "
-                      f"t1 {100 * last['acc_t1']:5.1f} %  t2 {100 * last['acc_t2']:5.1f} %  "
-                      f"delta {100 * last['delta']:+6.1f}", flush=True)  # fmt: skip
+                print(f"{done:>4}/{total}  {futures[future].folder.name:<28} t1 "
+                      f"{last['acc_t1']:6.1%}  t2 {last['acc_t2']:6.1%}", flush=True)  # fmt: skip
             found += [future.result() for future in futures]
     finally:
         pool.shutdown(cancel_futures=True)
@@ -90,15 +89,13 @@ def main(argv: list[str]) -> int:
     """Do the study, or go on with it; write its JSON, tables and figures. Return the status."""
     parser = argparse.ArgumentParser(
         prog="python -m study", allow_abbrev=False,
-        description="Train and compare all methods. A finished run is kept, a killed one resumed. "
-        "Further options are those of study.train, for all runs.")  # fmt: skip
+        description="Compare all methods. Further options: those of study.train.")  # fmt: skip
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--quick", action="store_true", help="two seeds, four methods")
     kind.add_argument("--tune", action="store_true", help="three learning rates, split dev")
     kind.add_argument("--table", type=Path, metavar="JSON", help="train nothing: show this study")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2 3 4; to tune 120")
-    parser.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME",
-                        help="some methods, of: " + ", ".join(NAMES))  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=NAMES, help="some methods, and SCoRe")
     parser.add_argument("--runs", type=Path, help="folder of all runs (default: runs/study-TASK)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     args, rest = parser.parse_known_args(argv)
@@ -111,7 +108,7 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped; finished runs are kept: the same command goes on", file=sys.stderr)
         return 130
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, ImportError) as error:
         print(f"python -m study: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     return 0

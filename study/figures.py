@@ -45,14 +45,12 @@ FIGURES = {  # panels: title, x, y, methods, and what finds a run's shares of y 
 
 
 def draw(runs: list[dict], folder: Path) -> None:
-    """Write the figures, if there are data for them, as PNG; ValueError without matplotlib."""
+    """Write the figures, if there are data for them, as PNG."""
     group = grouped(runs)
-    if "attempts" not in group.get("score", [{}])[0]:
+    if "attempts" not in group["score"][0]:
         return
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("the figures need matplotlib: pip install matplotlib==3.11.2") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

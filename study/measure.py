@@ -1,9 +1,8 @@
 """What does a run do beyond two greedy attempts? All that the study keeps of it.
 
 Re-rolls, further attempts, curves, and how well it repairs the base's first attempts and its own.
-`work` trains a run, or what is left of it, and measures it.
 
-Dimension key: N problems, K attempts at each, M tokens at most; G rows of each problem.
+Dimension key: N problems, K attempts at each, M tokens at most.
 """
 
 import json
@@ -12,7 +11,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from functools import partial
@@ -32,14 +30,13 @@ from study.tables import names_of
 # --- measures -------------------------------------------------------------------------------------
 
 
-def say(model: GPT, task: Task, problems, temperature: float, seed: int, K=1, G=1, ids=None):
-    """Return attempts, a Rollout of G rows of each problem, and which are right: bool [K, N * G].
+def say(model: GPT, task: Task, problems, temperature: float, seed: int, K=1, ids=None):
+    """Return attempts, a Rollout of a row for each problem, and which are right: bool [K, N].
     The first attempts begin after `ids`, by problem; None: after the problem."""
     ids = ids or [task.encode(problem.prompt) for problem in problems]
-    noise_KBM = np.random.default_rng(seed).random((K, G * len(problems), task.max_new))
-    r = rollout(model, task, ids, torch.tensor(noise_KBM, device=model.cos.device), temperature)
-    rows = [problem for problem in problems for _ in range(G)]
-    return r, (grade(r, rows, task) == 1).cpu().numpy()
+    noise_KNM = np.random.default_rng(seed).random((K, len(problems), task.max_new))
+    r = rollout(model, task, ids, torch.tensor(noise_KNM, device=model.cos.device), temperature)
+    return r, (grade(r, problems, task) == 1).cpu().numpy()
 
 
 def after(problems, attempts: list[list[int]], task: Task) -> list[list[int]]:
@@ -76,23 +73,20 @@ def many_attempts(model: GPT, task: Task, problems, K: int = 10) -> dict:
 
 def curve(rows: list[dict], mean_of: int = 5) -> list[dict]:
     """Return the training samples' accuracies and share of changed answers, by means of steps."""
-    found = []
+    found, keys = [], ("acc_t1", "acc_t2", "changed")
     for i in range(0, len(rows), mean_of):
         block = rows[i : i + mean_of]
-        point = {"step": i + len(block), "phase": block[-1]["phase"]}
-        for key in ("acc_t1", "acc_t2", "changed"):
-            point[key] = round(sum(row[key] for row in block) / len(block), 4)
-        found.append(point)
+        means = {key: round(sum(row[key] for row in block) / len(block), 4) for key in keys}
+        found.append(dict(step=i + len(block), phase=block[-1]["phase"]) | means)
     return found
 
 
 def shift(run: Run, n: int) -> dict:
     """Return the shares of the base's wrong first attempts that the policy repairs, and of its own,
     sampled."""
-    problems, t = run.task.draw(n, "test", np.random.default_rng(2)), run.config.temperature
-    authors = dict(fixed_sampled=run.base, own_sampled=run.policy)
-    return {name: repairs(run.policy, author, run.task, problems, t)["repair_rate"]
-            for name, author in authors.items()}  # fmt: skip
+    about = run.task, run.task.draw(n, "test", np.random.default_rng(2)), run.config.temperature
+    fixed, own = (repairs(run.policy, x, *about)["repair_rate"] for x in (run.base, run.policy))
+    return dict(fixed_sampled=fixed, own_sampled=own)
 
 
 # --- a run of the study ---------------------------------------------------------------------------
@@ -109,7 +103,7 @@ class Job(NamedTuple):
     commit: str
 
 
-def watched(run: Run, step: Callable, n: int) -> dict:
+def watched(run: Run, step, n: int) -> dict:
     """Take a step, before every tenth measure the shift; return what is logged."""
     return ({} if run.step % 10 else shift(run, n)) | step(run)
 
@@ -146,10 +140,7 @@ def measure(run: Run, job: Job) -> dict:
 
 def work(job: Job) -> dict:
     """Train a run, or what is left of it, and return what was measured; of a finished one that.
-
-    Raises:
-      ValueError: the folder holds a run of other settings.
-    """
+    ValueError if the folder holds a run of other settings."""
     path, new, start = job.folder / "measured.json", not job.folder.exists(), time.monotonic()
     with open(f"{job.folder}.txt", "a") as out, redirect_stdout(out):
         run = open_run(create(job.config, job.folder) if new else job.folder)

@@ -12,19 +12,20 @@ Source: arXiv 2409.12917v2, sections 4 to 6, and table 4. Dimension key: as in s
 
 import copy
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 import score
 from model import GPT, load
 from rollout import Rollout, Task, grade, log_probs, make_rows, rollout, summary
-from score import Phase, Run, advantage, collect, shaped_reward, stage1, stage2
+from score import Phase, Run, advantage, sft_update, shaped_reward, stage1, stage2
 
 # --- settings -------------------------------------------------------------------------------------
 
@@ -98,9 +99,7 @@ def three_paid(reward_KB, c):
 # --- models that are not trained ------------------------------------------------------------------
 
 
-def the_base(run: Run) -> GPT:
-    """Return the base."""
-    return run.base
+the_base = attrgetter("base")  # of a run
 
 
 def before(run: Run) -> GPT:
@@ -118,15 +117,63 @@ def left_by(run: Run, name: str) -> GPT:
     return model
 
 
-# --- steps of reinforcement -----------------------------------------------------------------------
+# --- sampled rows ---------------------------------------------------------------------------------
 
 
-def rl_step(run: Run, stage: Callable, K=2, paid: int | None = None, held_to=the_base) -> dict:
-    """Take score.py's step with K attempts, of which the first `paid` (None: all) make the reward
-    that weights are selected by. held_to: of a run, the model that the KL is to."""
-    r, _, reward_KB = collect(run, run.policy, K)
-    log = rl_update(run, r, reward_KB, stage(reward_KB, run.config), held_to(run))
-    return log | dict(reward=sum(reward_KB[:paid].nanmean(dim=1).tolist()))
+def collect(run: Run, author: GPT, K: int = 2, offline: float = 0.0):
+    """Return what `score.collect` does, but of a share of the problems, the first, the base writes
+    attempt 1: see `offline_rollout`."""
+    c, task = run.config, run.task
+    drawn = task.draw(c.batch // c.group, "train", run.rng)
+    noise_KBN = torch.tensor(run.rng.random((K, c.batch, task.max_new)), device=c.device)
+    prompts, n = [task.encode(problem.prompt) for problem in drawn], round(offline * len(drawn))
+    r = offline_rollout(author, run.base, task, prompts, noise_KBN, c.temperature, n)
+    problems = [problem for problem in drawn for _ in range(c.group)]
+    return r, problems, grade(r, problems, task)
+
+
+def offline_rollout(policy: GPT, base: GPT, task: Task, prompts, noise_KBN, temperature, n: int):
+    """Return attempts in each row, as `rollout` does, but of the first n problems `base` writes
+    attempt 1 of 2: it is context there, of turn 0, so that no gradient and no KL touches it."""
+    G, parts = noise_KBN.shape[1] // len(prompts), []
+    if n:
+        firsts = rollout(base, task, prompts[:n], noise_KBN[:1, : n * G], temperature).attempts[0]
+        rows = [prompt for prompt in prompts[:n] for _ in range(G)]
+        contexts = [x + y1 + task.instruction for x, y1 in zip(rows, firsts, strict=True)]
+        r = rollout(policy, task, contexts, noise_KBN[1:, : n * G], temperature)
+        parts.append(Rollout(r.ids_BT, 2 * r.turn_BS, r.logp_BS, [firsts, *r.attempts]))
+    if n < len(prompts):
+        parts.append(rollout(policy, task, prompts[n:], noise_KBN[:, n * G :], temperature))
+    return join(parts, noise_KBN.device)
+
+
+def join(parts: list[Rollout], device) -> Rollout:
+    """Return the rows of all parts, in order."""
+    columns = zip(*((r.ids_BT, r.turn_BS, r.logp_BS) for r in parts), strict=True)
+    padded = (pad_sequence([row for x in column for row in x], True) for column in columns)
+    attempts = [sum(columns, []) for columns in zip(*(r.attempts for r in parts), strict=True)]
+    return Rollout(*(x.to(device) for x in padded), attempts)
+
+
+# --- steps of reinforcement: of pieces, which scale/steps.py has others for -----------------------
+
+
+def token_log_probs(model: GPT, r: Rollout, temperature: float) -> torch.Tensor:
+    """Return the log-probability [B, S] of the tokens that came."""
+    logp_BSV = log_probs(model(r.ids_BT[:, :-1]), temperature)
+    return logp_BSV.gather(-1, r.ids_BT[:, 1:, None])[..., 0]
+
+
+def k1_terms(policy: GPT, base: GPT, r: Rollout, temperature: float):
+    """Return what `rollout.token_terms` does, but each KL is estimated by the token that came.
+
+    Its value is log(policy / base). Its gradient is that value times the gradient of log p: the
+    value's own gradient would be 0 on average. Source: k1 of Schulman, joschu.net/blog/kl-approx.
+    """
+    logp_BS = token_log_probs(policy, r, temperature)
+    with torch.no_grad():
+        k1_BS = logp_BS - token_log_probs(base, r, temperature)
+    return logp_BS, k1_BS * (1 + logp_BS - logp_BS.detach())
 
 
 def rl_update(run: Run, r: Rollout, reward_KB, paid_and_held, base: GPT) -> dict:
@@ -139,63 +186,21 @@ def rl_update(run: Run, r: Rollout, reward_KB, paid_and_held, base: GPT) -> dict
     return log | {f"kl{k}": (kl_BS * (r.turn_BS == k)).sum(dim=1).mean().item() for k in (1, 2)}
 
 
-def k1_terms(policy: GPT, base: GPT, r: Rollout, temperature: float):
-    """Return what `rollout.token_terms` does, but each KL is estimated by the token that came.
-
-    Its value is log(policy / base). Its gradient is that value times the gradient of log p: the
-    value's own gradient would be 0 on average. Source: k1 of Schulman, joschu.net/blog/kl-approx.
-    """
-    ids_BS, target_BS1 = r.ids_BT[:, :-1], r.ids_BT[:, 1:, None]
-    logp_BS = log_probs(policy(ids_BS), temperature).gather(-1, target_BS1)[..., 0]
-    with torch.no_grad():
-        base_BS = log_probs(base(ids_BS), temperature).gather(-1, target_BS1)[..., 0]
-    k1_BS = logp_BS.detach() - base_BS
-    return logp_BS, k1_BS * (1 + logp_BS - logp_BS.detach())
-
-
-def offline_rollout(policy: GPT, base: GPT, task: Task, prompts, noise_2BN, temperature, n: int):
-    """Return two attempts in each row, as `rollout` does, but of the first n problems `base` has
-    written attempt 1: it is context there, of turn 0, so that no gradient and no KL touches it."""
-    B, P = noise_2BN.shape[1], len(prompts)
-    cut, firsts, logp1 = n * B // P, [], []
-    for author, some, at in (
-        (base, prompts[:n], slice(0, cut)), (policy, prompts[n:], slice(cut, B))
-    ):  # fmt: skip
-        if some:
-            part = rollout(author, task, some, noise_2BN[:1, at], temperature)
-            firsts += part.attempts[0]
-            logp1 += written(part)
-    rows = [prompt for prompt in prompts for _ in range(B // P)]
-    contexts = [x + y1 + task.instruction for x, y1 in zip(rows, firsts, strict=True)]
-    later = rollout(policy, task, contexts, noise_2BN[1:], temperature)
-    attempts, logps = [firsts, later.attempts[0]], [logp1, written(later)]
-    r = make_rows(rows, attempts, task.instruction, noise_2BN.device, logps)
-    r.turn_BS[:cut] *= r.turn_BS[:cut] == 2
-    r.logp_BS *= r.turn_BS > 0
-    return r
+def rl_step(
+    run, stage, K=2, paid=None, held_to=the_base, offline=0.0, collect=collect, update=rl_update
+) -> dict:
+    """Take score.py's step with K attempts, of which the first `paid` (None: all) make the reward
+    that weights are selected by, where the policy wrote them. held_to: of a run, the model that the
+    KL is to. offline: the share of the problems whose attempt 1 the base writes."""
+    r, _, reward_KB = collect(run, run.policy, K, offline)
+    log = update(run, r, reward_KB, stage(reward_KB, run.config), held_to(run))
+    own_KB = torch.stack([(r.turn_BS == k).any(dim=1) for k in range(1, K + 1)])
+    mean_K = reward_KB.where(own_KB, torch.nan)[:paid].nanmean(dim=1).nan_to_num(0.0)
+    log |= dict(reward=sum(mean_K.tolist()))
+    return {key: x for key, x in log.items() if x == x}  # without own attempts no entropy
 
 
-def written(r: Rollout) -> list[list[float]]:
-    """Return the sampler's log-probabilities of each row's tokens that are no context."""
-    return [x_S[turn_S > 0].tolist() for x_S, turn_S in zip(r.logp_BS, r.turn_BS, strict=True)]
-
-
-def offline_step(run: Run, stage: Callable) -> dict:
-    """Take a step of Stage II in which the base writes some first attempts. What is logged is of
-    all rows, but for `reward`, which has only attempts of the policy."""
-    c, task = run.config, run.task
-    drawn = task.draw(c.batch // c.group, "train", run.rng)
-    noise_2BN = torch.tensor(run.rng.random((2, c.batch, task.max_new)), device=c.device)
-    prompts, n = [task.encode(problem.prompt) for problem in drawn], round(c.offline * len(drawn))
-    r = offline_rollout(run.policy, run.base, task, prompts, noise_2BN, c.temperature, n)
-    reward_KB = grade(r, [problem for problem in drawn for _ in range(c.group)], task)
-    log = rl_update(run, r, reward_KB, stage(reward_KB, c), run.base)
-    own_B = reward_KB[0, n * c.group :]
-    own = dict(reward=log["acc_t2"] + (own_B.nanmean().item() if len(own_B) else 0.0))
-    return {key: x for key, x in log.items() if x == x} | own  # without attempts no entropy
-
-
-def balanced_step(run: Run, stage: Callable) -> dict:
+def balanced_step(run: Run, stage, **pieces) -> dict:
     """Take a step of Stage I with a beta2 that goes a tenth of the way to r2 / KL1 each time, in
     bounds of a tenth and ten times its start. It is kept with the optimizer's settings.
 
@@ -204,7 +209,7 @@ def balanced_step(run: Run, stage: Callable) -> dict:
     """
     settings, start = run.optimizer.param_groups[0], run.config.beta2
     beta2 = settings.get("beta2", start)
-    log = rl_step(run, lambda reward_KB, c: stage(reward_KB, replace(c, beta2=beta2)))
+    log = rl_step(run, lambda reward_KB, c: stage(reward_KB, replace(c, beta2=beta2)), **pieces)
     target = min(max(log["acc_t2"] / max(log["kl1"], 1e-9), start / 10), start * 10)
     settings["beta2"] = beta2**0.9 * target**0.1
     return log | dict(beta2=beta2)
@@ -213,18 +218,18 @@ def balanced_step(run: Run, stage: Callable) -> dict:
 # --- steps of imitation ---------------------------------------------------------------------------
 
 
-def imitation_step(run: Run, author: Callable[[Run], GPT], choose: Callable) -> dict:
+def imitation_step(run, author, choose, collect=collect, update=sft_update) -> dict:
     """Imitate second attempts that are chosen from an author's samples; return what is logged.
 
-    choose: `(run, r, problems, reward_KB) -> (rows, mask_BS)`: of sampled rows, their problems and
-    their rewards, the rows to learn from and the tokens to learn; `run` for its task and its rng.
+    author: of a run, the model that samples. choose: `(run, r, problems, reward_KB) -> (rows,
+    mask_BS)`: of sampled rows, the rows to learn from and the tokens to learn.
     """
-    r, problems, reward_KB = collect(run, author(run), K=2)
+    r, problems, reward_KB = collect(run, author(run))
     rows, mask_BS = choose(run, r, problems, reward_KB)
     log = summary(r, reward_KB, run.task) | dict(examples=mask_BS.any(dim=1).float().mean().item())
     if not mask_BS.any():
         return log | dict(loss=0.0, grad_norm=0.0)
-    return log | score.sft_update(run, rows, mask_BS, run.config.temperature)
+    return log | update(run, rows, mask_BS, run.config.temperature)
 
 
 def star_examples(run: Run, r: Rollout, problems, reward_KB, plus: bool):
@@ -248,7 +253,7 @@ def pair_examples(run: Run, r: Rollout, problems, reward_KB, plus: bool):
     return rows, (rows.turn_BS == 2) & torch.tensor(chosen, device=device)[:, None]
 
 
-def base_step(run: Run) -> dict:
+def base_step(run: Run, update=sft_update) -> dict:
     """Load another run's base, or take score.py's step on fresh documents, in which a later attempt
     may be the revision: behind copies of the draft, which are context and not learned."""
     c, p1 = run.config, run.task.instruction
@@ -256,14 +261,14 @@ def base_step(run: Run) -> dict:
         run.policy.load_state_dict(load(Path(c.base) / "base.pt")["model"])
         return {}
     clean = run.step < c.clean * c.sft_steps
-    prompts, (drafts, revisions) = run.task.documents(c.sft_batch, run.rng, clean)
+    prompts, (drafts, *revisions) = run.task.documents(c.sft_batch, run.rng, clean)
     copies = [(draft + p1) * (b % (c.base_attempts - 1)) for b, draft in enumerate(drafts)]
-    seconds = [copied + revision for copied, revision in zip(copies, revisions, strict=True)]
-    r = make_rows(prompts, [drafts, seconds], p1, c.device)
+    seconds = [[x + ids for x, ids in zip(copies, column, strict=True)] for column in revisions]
+    r = make_rows(prompts, [drafts, *seconds], p1, c.device)
     copied_B1 = torch.tensor([[len(ids)] for ids in copies], device=c.device)
     second_BS = r.turn_BS == 2
     revised_BS = second_BS & (second_BS.cumsum(dim=1) > copied_B1)
-    return score.sft_update(run, r, (r.turn_BS == 1) | revised_BS, 1.0)
+    return update(run, r, (r.turn_BS == 1) | revised_BS, 1.0)
 
 
 # --- the base, and methods: lists of phases -------------------------------------------------------
@@ -279,7 +284,8 @@ def schedule(c: Config) -> list[Phase]:
         return paid(reward_KB, replace(c, alpha=0.0))
 
     one, two, both, last = c.stage1_steps, c.stage2_steps, c.stage1_steps + c.stage2_steps, c.method
-    step2, paid = offline_step if c.offline else rl_step, mistaken if c.gamma or c.leak else stage2
+    step2 = partial(rl_step, offline=c.offline)
+    paid = mistaken if c.gamma or c.leak else stage2
     first = phase("stage1", one, balanced_step if c.adaptive_beta2 else rl_step, stage=stage1)
     plus = last.endswith("_plus") or last == "star_stage2"
     star = dict(author=before, choose=partial(star_examples, plus=plus))

@@ -55,9 +55,9 @@ TITLES = {name: variant.title for name, variant in VARIANTS.items()}
 TITLES["stage1"] = "SCoRe's Stage I alone"
 
 
-def names_of(*parts: str) -> list[str]:
-    """Return the names of the study's rows that belong to parts of it."""
-    return [name for name, variant in VARIANTS.items() if variant.part in parts]
+def names_of(part: str) -> list[str]:
+    """Return the names of the study's rows that belong to a part of it."""
+    return [name for name, variant in VARIANTS.items() if variant.part == part]
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -102,10 +102,9 @@ def grouped(runs: list[dict]) -> dict[str, list[dict]]:
     for run in sorted(runs, key=lambda run: run["seed"]):
         found.setdefault(run.get("name") or run["method"], []).append(run)
     for name in ("base", "stage1"):
-        halfway = [x | {"phases": {name: x["phases"][name]}} for x in found.get("score", [])
-                   if name in x["phases"]]  # fmt: skip
-        if halfway:
-            found.setdefault(name, halfway)
+        there = [run for run in found.get("score", []) if name in run["phases"]]
+        if there:
+            found.setdefault(name, [run | {"phases": {name: run["phases"][name]}} for run in there])
     return found
 
 
@@ -224,12 +223,11 @@ def sections(runs: list[dict]) -> dict[str, str]:
         "Methods, greedy": compared(group, main),
         "Methods, sampled at temperature 1": compared(group, main, sampled=True),
     }
-    for part, title, others in (
-        ("ablation", "Ablations, greedy", ["single_turn"]),
-        ("more", "Further variants, greedy", ["no_bonus"]),
-    ):
-        if group.keys() & names_of(part):
-            found[title] = compared(group, ["score", *names_of(part), *others])
+    ablations, more = names_of("ablation"), names_of("more")
+    if group.keys() & ablations:
+        found["Ablations, greedy"] = compared(group, ["score", *ablations, "single_turn"])
+    if group.keys() & more:
+        found["Further variants, greedy"] = compared(group, ["score", *more, "no_bonus"])
     if "resampled" in group["score"][0]:
         found["Repairs"] = repairs(group)
     if "three_turn" in group:

@@ -1,9 +1,8 @@
 """How is one of the study's methods trained? As score.py trains SCoRe, with `methods.Config`.
 
     python -m study.train --method star --iterations 5
-    python -m study.train --help
 
-The run goes on with `python score.py --resume RUN`, and is measured again by `python eval.py RUN`.
+`--help` has its settings. The run goes on with `python score.py --resume RUN`.
 """
 
 import sys

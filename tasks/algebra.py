@@ -36,13 +36,9 @@ class WorkerDied(Exception):
 def ask(what: str, x, y, deadline: float, half: Fraction | None = None) -> bool:
     """Ask the worker about two nodes.
 
-    Args:
-      what: "zero": is x - y provably 0? "near": is |x - y| at most `half`?
-        "factor": is x / y a number but 0? "positive factor": and is it above 0?
-      deadline: of time.monotonic(). Waiting for other threads' questions does not count.
-
-    Raises:
-      TimedOut: it did not know in time. WorkerDied: there is no process, or it died of this.
+    what: "zero": is x - y provably 0? "near": is |x - y| at most `half`? "factor": is x / y a
+    number but 0? "positive factor": and is it above 0? deadline: of time.monotonic(); waiting for
+    other threads' questions does not count.
     """
     seconds = deadline - time.monotonic()
     if seconds <= 0:

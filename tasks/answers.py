@@ -56,14 +56,9 @@ STYLED_ANSWER = re.compile(r"[A-Za-z][A-Za-z0-9 '’.,()-]*")  # "June 20", in \
 def judge(answer: str, gold: str, timeout: float) -> tuple[int | None, str, str]:
     r"""Return (reward, status, detail) of an answer: what verify.Verdict holds. Safe in threads.
 
-    Args:
-      answer: a whole completion, or a bare answer. gold: the right answer, in the same forms, for
-        instance a solution of MATH.
-      timeout: seconds that sympy may take to prove two expressions equal.
-
-    status is "right", "wrong", "unparsed" if the answer cannot be read, "timeout" if sympy did not
-    decide in time (both reward 0), "error" if the gold answer cannot be read or the worker died
-    (reward None).
+    answer, gold: a whole completion, or a bare answer. timeout: seconds that sympy may take to
+    prove two expressions equal. The reward is None if the gold answer cannot be read or sympy's
+    process died, and 0 if sympy did not decide in time.
 
     >>> judge(r"So it is $\boxed{\frac{2}{4}}$.", "0.5", 2.0)[1], judge("It is 5.", "5", 2.0)[1]
     ('right', 'unparsed')
@@ -92,9 +87,7 @@ def judge(answer: str, gold: str, timeout: float) -> tuple[int | None, str, str]
 
 def final_answer(text: str) -> str:
     r"""Return the answer in a completion, as latex.parse reads it: the last box, or a bare answer.
-
-    Raises:
-      Unreadable: there is no answer, or more than one.
+    Unreadable if there is none, or more than one.
 
     >>> final_answer(r"Let $x=4$. So \boxed{\frac{x}{2}}."), final_answer("The sum is $5$.")
     ('\\frac{x}{2}', '5')
@@ -166,9 +159,7 @@ def plain_text(text: str) -> str | None:
 
 
 def same_text(a: str, b: str) -> bool:
-    r"""Return whether both answers are the same words. Case counts, unless one is in \text{}, as
-    "Yes", or cannot be variables.
-    """
+    r"""Return whether both are the same words. Case counts, but in \text{} or no variables."""
     x, y = plain_text(a), plain_text(b)
     if x is None or y is None:
         return False

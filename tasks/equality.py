@@ -19,10 +19,8 @@ SURE_DIGITS = 12  # a decimal of so many significant digits stands for what it r
 
 
 def same(a: str, b: str, timeout: float = 2.0) -> bool:
-    r"""Return whether two answers are equal, by the policies of `answers`. Symmetric.
-
-    Raises:
-      Unreadable: one of them is not known here. algebra.TimedOut: sympy did not decide in time.
+    r"""Return whether two answers are equal, by the policies of `answers`. Symmetric. Unreadable if
+    one of them is not known here, algebra.TimedOut if sympy did not decide in time.
 
     >>> same("0.5", r"\frac{2}{4}"), same("(0,1)", "[0,1)"), same("x=3", "3")
     (True, False, True)

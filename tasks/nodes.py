@@ -10,8 +10,6 @@ A node is a Fraction, or a tuple that starts with its kind:
 Sums, products and whole powers of numbers are worked out here, on fractions and never on floats;
 how large a power or a factorial is, is known before it is taken. Roots and what holds a letter stay
 expressions, for `algebra`.
-
-    python -c "from tasks.nodes import power, number; print(power(number('0.25'), number('-3')))"
 """
 
 import functools

@@ -40,11 +40,6 @@ def judge(
     Raises:
       OSError: the system is neither Linux nor macOS.
       ValueError: the timeout is out of range.
-
-    >>> judge("def add(a, b): return a + b", "assert add(2, 3) == 5", 9.0)[:2]
-    (1, 'right')
-    >>> judge("import os; os._exit(0)", "assert add(2, 3) == 5", 9.0)[:2]
-    (0, 'wrong')
     """
     if os.name != "posix":
         raise OSError(f"programs are run on Linux and macOS only, this is {sys.platform}")

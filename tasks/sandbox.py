@@ -14,17 +14,14 @@ it gets a process of its own, which has never held anything worth stealing:
 * The guard forks the candidate before it reads the job, so that they share no memory of the tests.
   It keeps the deadline, kills and reaps all that is below it, removes the files, and only then
   tells the verdict. It never reads what a program wrote, so nothing can hold it up.
-* Candidate and judge talk through two pipes, as dialogue.py says.
-* The candidate has no standard streams, hard limits, an empty directory, and the strongest
-  isolation that the system grants. The verdict names it:
+* The candidate has no standard streams, hard limits (of memory for each process, not for all of
+  them), an empty directory, and the strongest isolation that the system grants. The verdict says:
     namespaces    (Linux 5.12: root, or anybody where users may make them) its own processes,
                   network and users; read-only system libraries and a tmpfs are all the files.
     own user      (root otherwise) an own user id; what any user may reach is in reach.
     process only  (else, and macOS, where moreover a process that leaves the session survives) it
                   has the caller's rights: to files, to the network, and to kill the guard, which
                   is then an "error".
-
-Memory is limited for each process, not for all processes of a program together.
 """
 
 import json
@@ -63,8 +60,7 @@ def guard(deadline: float, temporary: str):
             raise TimeoutError("the machine was too slow to start")
         job = json.loads(sys.stdin.buffer.readline())
         status, detail = await_judge(job, ask, answer, deadline)
-        isolation = confine.__name__.replace("_", " ")
-        detail = f"{detail}; {isolation}" if detail else isolation
+        detail = f"{detail}; {confine.__name__.replace('_', ' ')}".removeprefix("; ")
     except BaseException as error:
         status, detail = "error", brief(error)
     end_all(pid)

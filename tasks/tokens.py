@@ -3,8 +3,6 @@ r"""Of which tokens is an answer made? LaTeX, plain text and a little Unicode, b
 What is written in several ways is one token from here on: \dfrac and \frac, ° and ^{\circ}, hours
 and \text{hr}. A word or a sign that no table knows is refused, never skipped: 5\text{ million} is
 not 5, and 5\text{ (or 6)} is nothing at all.
-
-    python -c "from tasks.tokens import tokens; print(tokens(r'1{,}234\\dfrac12 cm^2'))"
 """
 
 import re

@@ -236,7 +236,7 @@ def test_what_is_logged_is_counted_on_the_rows():
         truncated2=0, entropy1=0.25, entropy2=0.5, unjudged=1 / 4))  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["magic", "", "../score", "answers.py", "a b", "os"])
+@pytest.mark.parametrize("name", ["magic", "", "../score", "answers.py", "answers", "a b", "os"])
 def test_a_task_that_is_no_module_of_tasks_is_refused_by_name(name):
     with pytest.raises(ValueError, match=f"--task must be addition or .*, got '{name}'"):
         rollout.find_task(name)

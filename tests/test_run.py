@@ -173,7 +173,7 @@ def refused(capsys, argv, *words):
 IMPOSSIBLE = dict(
     task=["magic", "../score", ""], size=["0", "10", "101"], seed=["-1", "1000000001"],
     device=["gpu", "cuda:0"], n_layer=["0", "201"], d_model=["7", "9000"],
-    d_ff=["0", "40000"], sft_steps=["-1"], sft_batch=["0", "2000000"], sft_lr=["-1", "1.1"],
+    d_ff=["0", "40000"], sft_steps=["-1", "0"], sft_batch=["0", "2000000"], sft_lr=["-1", "1.1"],
     slip=["-0.1", "1.1"], slip_hard=["-0.1", "1.1"], clean=["-0.1", "1.1"],
     right_revisions=["-0.1", "1.1"], copies=["-0.1", "1.1"], stage1_steps=["-1"],
     stage2_steps=["-1"], batch=["0", "2", "13"], group=["1", "0", "5", "2000000"],

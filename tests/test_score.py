@@ -140,8 +140,8 @@ def test_rows_of_a_group_are_one_training_problem_side_by_side(monkeypatch, tmp_
 
 
 def test_collected_trajectories_have_the_enumerated_probabilities():
-    """Chi-squared of 20,000, the rarest of the 49 counted together: at most 48 degrees of freedom. A
-    right sampler exceeds 107 with probability 2e-6, and the seed is fixed."""
+    """Chi-squared of 20,000, the rarest of the 49 counted together, so that there are at most 48
+    degrees of freedom. A right sampler exceeds 107 with probability 2e-6; the seed is fixed."""
     oracle, shipped = truth.Oracle(), truth.load_program()
     c = SimpleNamespace(batch=20_000, group=2, device="cpu", temperature=truth.TEMPERATURE)
     rng = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from verify import Verdict
 
 KINDS = {
     "score": dict(offline=0.4, adaptive_beta2=1),
-    "three_turn": dict(pool=9),
+    "three_turn": dict(pool=9, base_attempts=3),
     "multi_turn": dict(kl="k1"),
     "single_turn": dict(temperature=0.7),
     "star_stage2": {},
@@ -108,4 +108,4 @@ def test_no_verdict_at_all_stops_the_run(run):
     ]
     run.task = run.task._replace(draw=lambda *_: failing)
     with pytest.raises(RuntimeError, match="the verifier has failed"):
-        steps.rl_step(run, score.stage1)
+        methods.rl_step(run, score.stage1, collect=steps.collect, update=steps.rl_update)

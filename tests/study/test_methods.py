@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,10 +132,6 @@ def prepared(monkeypatch, folder, **changes):
     seen["before"] = other
     real = rollout.rollout
 
-    def update(run, r, reward_KB, paid_and_held, base, real=methods.rl_update):
-        seen.update(r=r, base=base)
-        return real(run, r, reward_KB, paid_and_held, base)
-
     def sampled(author, task, prompts, noise_KBN, temperature):
         seen.setdefault("authors", []).append((author, len(noise_KBN), temperature))
         return real(author, task, prompts, noise_KBN, temperature)
@@ -144,10 +140,8 @@ def prepared(monkeypatch, folder, **changes):
         seen["problems"] = problems
         return torch.tensor(REWARDS[: len(r.attempts)]).double()
 
-    for module in (score, methods):
-        monkeypatch.setattr(module, "grade", graded)
-        monkeypatch.setattr(module, "rollout", sampled)
-    monkeypatch.setattr(methods, "rl_update", update)
+    monkeypatch.setattr(methods, "grade", graded)
+    monkeypatch.setattr(methods, "rollout", sampled)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_, **__: torch.tensor(0.0))
     monkeypatch.setattr(run.optimizer, "step", lambda: None)
     return run, seen
@@ -224,7 +218,12 @@ def test_a_whole_step_takes_the_gradient_of_its_definition(monkeypatch, tmp_path
         run.phases.pop()
         run.phase, reference = 2, seen["before"]
         model.save(dict(model=reference.state_dict()), run.folder / "stage1.pt")
-    log = run.phases[-1].step(run)
+
+    def update(run, r, reward_KB, paid_and_held, base):
+        seen.update(r=r, base=base)
+        return methods.rl_update(run, r, reward_KB, paid_and_held, base)
+
+    log = run.phases[-1].step(run, update=update)
     assert same(seen["base"].state_dict(), reference.state_dict())
     expected = by_rows(run, seen["r"], reference, earned, held, offline, run.config.kl)
     for weight, gradient in zip(run.policy.parameters(), expected, strict=True):
@@ -318,8 +317,7 @@ def test_imitation_learns_second_attempts_of_its_author(monkeypatch, tmp_path, m
     that of the mean negative log-likelihood of the imitated tokens, given all before them."""
     run, seen = prepared(monkeypatch, tmp_path / "run", method=method)
     real, learned = score.sft_update, []
-    monkeypatch.setattr(score, "sft_update", lambda *x: learned.append(x[1:3]) or real(*x))
-    log = run.phases[-1].step(run)
+    log = run.phases[-1].step(run, update=lambda *x: learned.append(x[1:3]) or real(*x))
     ((author, _, temperature),), ((rows, mask_BS),) = seen["authors"], learned
     expected = run.base if method == "pair_sft" else seen["before"]
     assert same(author.state_dict(), expected.state_dict()) and temperature == 0.7
@@ -339,7 +337,7 @@ def test_imitation_learns_second_attempts_of_its_author(monkeypatch, tmp_path, m
 
 
 def test_nothing_to_imitate_changes_nothing(monkeypatch, tmp_path):
-    monkeypatch.setattr(score, "grade", lambda r, problems, task: torch.zeros(2, len(problems)))
+    monkeypatch.setattr(methods, "grade", lambda r, problems, task: torch.zeros(2, len(problems)))
     for method in ("star_plus", "pair_sft_plus"):
         rows = trained(tmp_path / method, method=method)
         assert all(row["examples"] == 0 == row["loss"] for row in rows if row["phase"] == method)
@@ -348,16 +346,17 @@ def test_nothing_to_imitate_changes_nothing(monkeypatch, tmp_path):
         )
 
 
-def test_star_samples_from_what_its_last_iteration_has_become(tmp_path, monkeypatch):
-    authors, policies, real = [], [], score.collect
+def test_star_samples_from_what_its_last_iteration_has_become(tmp_path):
+    authors, policies = [], []
 
-    def collect(run, author, K):
+    def collect(run, author):
         authors.append(copy.deepcopy(author.state_dict()))
         policies.append(copy.deepcopy(run.policy.state_dict()))
-        return *real(run, author, K)[:2], torch.tensor([[0.0] * 8, [1.0] * 8])
+        return *methods.collect(run, author)[:2], torch.tensor([[0.0] * 8, [1.0] * 8])
 
-    monkeypatch.setattr(methods, "collect", collect)
-    trained(tmp_path / "run", method="star", stage1_steps=4)  # 7 steps: from 0, 2 and 4
+    run = made(tmp_path / "run", method="star", stage1_steps=4)  # 7 steps: from 0, 2 and 4
+    run.phases[1:] = [x._replace(step=partial(x.step, collect=collect)) for x in run.phases[1:]]
+    score.drive(run)
     for i, start in enumerate([0, 0, 2, 2, 4, 4, 4]):
         assert same(authors[i], policies[start])
     assert not same(policies[0], policies[2]) and not same(policies[2], policies[4])
@@ -370,8 +369,7 @@ def test_a_base_reads_later_revisions_behind_copies_that_it_does_not_learn(monke
     run, seen = made(tmp_path / "run", base_attempts=4, sft_batch=9, size=2), []
     documents = [("11+11=", f"{b}11", f"{b}22") for b in range(9)]
     monkeypatch.setattr(verify, "corpus", lambda *_: documents)
-    monkeypatch.setattr(score, "sft_update", lambda run, *x: seen.append(x) or {})
-    methods.base_step(run)
+    methods.base_step(run, update=lambda run, *x: seen.append(x))
     ((r, mask_BS, temperature),) = seen
     decode = rollout.toy_encoding().decode
     for b, (x, draft, revision) in enumerate(documents):
