@@ -38,12 +38,13 @@ class Task(NamedTuple):
     """What a policy is trained on. Another task is another such tuple.
 
     draw: (n, split, rng) -> n problems of split "train", "dev" or "test".
-    documents: (n, rng, clean) -> n documents that the base model reads, as `make_rows` takes them:
-      prompts, by row; attempts, by turn and row, each with its end-of-turn token. `clean`: every
+    documents: (n, rng, clean) -> n documents that the base model reads, in ids: (prompts, [drafts,
+      revisions]), three lists of n rows, drafts and revisions with their end_id. `clean`: every
       revision is right.
     encode: a problem's text -> the ids of x1. decode: an attempt's ids -> its text.
     instruction: the ids of p1. end_id: ends an attempt.
-    vocab_size; max_new: most tokens of an attempt, its end included; max_positions: of a row.
+    vocab_size; max_new: most tokens of an attempt, its end included; max_positions: of a row, at
+      least a prompt and two attempts (study/ asks for ten).
     """
 
     draw: Callable[[int, str, np.random.Generator], list[verify.Problem]]
@@ -108,8 +109,8 @@ def find_task(name: str) -> tuple[Callable, dict]:
     if name.isidentifier() and (Path(__file__).parent / "tasks" / f"{name}.py").is_file():
         module = importlib.import_module(f"tasks.{name}")
         if hasattr(module, "task"):
-            return module.task, module.SETTINGS
-    raise ValueError(f"--task must be addition or a module of tasks/ with a task, got {name!r}")
+            return module.task, getattr(module, "SETTINGS", {})
+    raise ValueError(f"--task must be addition or another task in tasks/, as countdown, got {name!r}")
 
 
 # --- one turn -------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ with its own terms alone (gamma = 0): neither reward nor bonus nor KL of attempt
 tokens of attempt 1. A stage is a function that says who is paid, by the advantage of each attempt,
 and who is held to the base, by the weight of its KL. README.md lists what the paper leaves open.
 
-    python score.py                                  # base, Stage I, Stage II, and a table
-    python score.py --stage1-steps 0 --alpha 0       # the control: plain multi-turn RL
+    python score.py             # base, Stage I, Stage II, and a table
+    python score.py --stage1-steps 0 --stage2-steps 100 --alpha 0    # control: multi-turn RL
     python score.py --resume runs/score-seed0
 
 Dimension key: B rows (rollouts), P problems, G rows of each, side by side; K attempts; S scored
@@ -126,8 +126,7 @@ def collect(run: "Run", author: GPT, K: int):
     c, task = run.config, run.task
     drawn = task.draw(c.batch // c.group, "train", run.rng)
     noise_KBN = torch.tensor(run.rng.random((K, c.batch, task.max_new)), device=c.device)
-    prompts = [task.encode(problem.prompt) for problem in drawn]
-    r = rollout(author, task, prompts, noise_KBN, c.temperature)
+    r = rollout(author, task, [task.encode(x.prompt) for x in drawn], noise_KBN, c.temperature)
     problems = [problem for problem in drawn for _ in range(c.group)]
     return r, problems, grade(r, problems, task)
 
@@ -135,16 +134,14 @@ def collect(run: "Run", author: GPT, K: int):
 def rl_step(run: "Run", stage: Callable) -> dict:
     """Sample two attempts at fresh problems and take one step of a stage; return what is logged."""
     r, _, reward_KB = collect(run, run.policy, K=2)
-    return rl_update(run, r, reward_KB, stage(reward_KB, run.config), run.base)
+    logp_BS, kl_BS = token_terms(run.policy, run.base, r, run.config.temperature)
+    return rl_update(run, r, reward_KB, logp_BS, kl_BS, stage(reward_KB, run.config))
 
 
-def rl_update(run: "Run", r: Rollout, reward_KB, paid_and_held, base: GPT) -> dict:
-    """Take one step on sampled rows, with the KL to `base`; return what is logged. RuntimeError if
-    there is no verdict at all, or if sampler and trainer disagree about a token."""
-    c = run.config
+def rl_update(run: "Run", r: Rollout, reward_KB, logp_BS, kl_BS, paid_and_held) -> dict:
+    """Take one step on sampled rows and return what is logged, or raise RuntimeError."""
     if reward_KB.isnan().any(dim=0).all():
         raise RuntimeError("no verdict on any row of the batch: the verifier has failed")
-    logp_BS, kl_BS = token_terms(run.policy, base, r, c.temperature)
     gap = ((logp_BS.detach() - r.logp_BS) * (r.turn_BS > 0)).abs().max().item()
     if not gap < 1e-3:  # also if it is not a number
         raise RuntimeError(f"sampler and trainer disagree by {gap:.1e} nats about a token")
@@ -350,9 +347,11 @@ def create(c: Config, folder: Path) -> Path:
     """Make the folder of a new run, which must not exist, and return it."""
     if folder.exists():
         raise ValueError(f"{folder} exists and is left alone: --resume it, or name another --run")
-    sys.modules[type(c).__module__].new_run(c, folder)  # what cannot start leaves no folder
+    module = sys.modules[type(c).__module__]
+    module.new_run(c, folder)  # what cannot start leaves no folder
     folder.mkdir(parents=True)
-    about = dict(module=type(c).__module__, threads=torch.get_num_threads(), config=asdict(c))
+    name = getattr(module.__spec__, "name", Path(module.__file__).stem)  # of a script its file's
+    about = dict(module=name, threads=torch.get_num_threads(), config=asdict(c))
     (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
     return folder
 
@@ -377,7 +376,7 @@ def open_run(folder: Path) -> Run:
                 setattr(run, name, state[name])
             for name in PARTS:
                 getattr(run, name).load_state_dict(state[name])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder} is not a readable run: {error}") from None
     return run
 
@@ -398,8 +397,7 @@ def parse(argv: list[str], settings: type):
     parser.add_argument("--run", type=Path, help="folder to create, by default named in runs/")
     parser.add_argument("--resume", type=Path, help="go on with this run, and no other option")
     for f in fields(settings):
-        option = f"--{f.name}".replace("_", "-")
-        parser.add_argument(option, type=f.type, help=argparse.SUPPRESS)
+        parser.add_argument(f"--{f.name}".replace("_", "-"), type=f.type, help=argparse.SUPPRESS)
     given = vars(parser.parse_args(argv))
     if "resume" in given:
         if len(given) > 1:
@@ -436,15 +434,17 @@ def main(argv: list[str], settings: type = Config) -> int:
     """Train, then evaluate; return the exit status. settings: a class, with `new_run` beside it."""
     try:
         folder, c = parse(argv, settings)
-        drive(open_run(folder if c is None else create(c, folder)))
+        run = open_run(folder if c is None else create(c, folder))
+        print(f"{folder}:", ", ".join(f"{x.name} {x.steps} steps" for x in run.phases), flush=True)
+        getattr(sys.modules[type(run.config).__module__], "drive", drive)(run)  # a room's, maybe
+        return subprocess.run([sys.executable, ROOT / "eval.py", folder]).returncode
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: python score.py --resume {folder}")
         return 130
     except (ValueError, OSError, RuntimeError) as error:
         print("score.py: error:", str(error).partition("\n")[0], file=sys.stderr)
         return 2
-    return subprocess.run([sys.executable, ROOT / "eval.py", folder]).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(importlib.import_module("score").main(sys.argv[1:]))  # as open_run imports it
+    sys.exit(main(sys.argv[1:]))

@@ -10,7 +10,6 @@ trained. speed.jsonl says what the steps took; a run that is resumed adds to it.
     torchrun --nproc-per-node 2 -m -- scale.train --run runs/two
 """
 
-import importlib
 import json
 import os
 import re
@@ -90,10 +89,8 @@ class Config(methods.Config):
             raise ValueError(f"--sample-batch must be a multiple of --group: {self.sample_batch}")
         for name in ("checkpoint", "train", "test") if self.preset else ():
             object.__setattr__(self, name, str(Path(getattr(self, name)).resolve()))
-        digest = " ".join(problems.digests(self).values()) if self.preset else ""
-        if self.digest not in ("", digest):
-            raise ValueError(f"{self.train} or {self.test} is not what the run began with")
-        object.__setattr__(self, "digest", digest)
+        if self.preset and not self.digest:
+            object.__setattr__(self, "digest", " ".join(problems.digests(self).values()))
 
 
 def new_run(c: Config, folder: Path) -> score.Run:
@@ -102,6 +99,8 @@ def new_run(c: Config, folder: Path) -> score.Run:
     for option, rows, each in (("--batch", c.batch, c.group), ("--sft-batch", c.sft_batch, 1)):
         if rows % (each * n):
             raise ValueError(f"{option} must be a multiple of {each} times {n} processes: {rows}")
+    if c.preset and c.digest != " ".join(problems.digests(c).values()):
+        raise ValueError(f"{c.train} or {c.test} is not what the run began with")
     if n > 1 and c.compile:
         raise ValueError(f"--compile is for one process, got {n}")
     run = methods.new_run(c, folder)
@@ -123,8 +122,10 @@ def drive(run: score.Run) -> None:
     """Train to the end; log, show and save as `score.drive` does, and tell what the steps took."""
     c, main, log, board = run.config, processes.rank() == 0, run.folder / "log.jsonl", None
     done, start = sum(x.steps for x in run.phases[: run.phase]) + run.step, time.monotonic()
+    if not hasattr(c, "tensorboard"):
+        raise ValueError(f"{run.folder} goes on with: python score.py --resume {run.folder}")
     if main and log.exists():  # what was logged after the last checkpoint comes again
-        log.write_text("".join(log.read_text().splitlines(keepends=True)[:done]))
+        os.truncate(log, sum(map(len, log.read_text().splitlines(keepends=True)[:done])))
     if main and c.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -169,7 +170,7 @@ def export(folder: str, new: str) -> None:
     if not run.phase:
         raise ValueError(f"{folder} has no finished phase to export")
     run.policy.load_state_dict(load(run.folder / f"{run.phases[run.phase - 1].name}.pt")["model"])
-    run.policy.save_pretrained(new, source=run.config.checkpoint or None)
+    run.policy.save_pretrained(new, source=getattr(run.config, "checkpoint", "") or None)
 
 
 def parse(argv: list[str]):
@@ -184,6 +185,8 @@ def main(argv: list[str]) -> int:
         other = processes.rank()
         try:
             if argv[:1] == ["--export"]:
+                if len(argv) != 3:
+                    raise ValueError(f"--export wants RUN and NEW, two folders, got {argv[1:]}")
                 export(*argv[1:])
                 return 0
             folder, c = processes.on_main(parse, argv)
@@ -204,4 +207,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(importlib.import_module("scale.train").main(sys.argv[1:]))  # one Config for all
+    sys.exit(main(sys.argv[1:]))

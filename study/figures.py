@@ -49,11 +49,11 @@ def draw(runs: list[dict], folder: Path) -> None:
     group = grouped(runs)
     if "attempts" not in group["score"][0]:
         return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ValueError("the figures need: pip install matplotlib==3.11.2") from None
+    plt.switch_backend("Agg")
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                          "grid.alpha": 0.25, "figure.constrained_layout.use": True})  # fmt: skip
     for path, panels in FIGURES.items():

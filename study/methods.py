@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import score
 from model import GPT, load
-from rollout import Rollout, Task, grade, log_probs, make_rows, rollout, summary
+from rollout import Rollout, Task, grade, log_probs, make_rows, rollout, summary, token_terms
 from score import Phase, Run, advantage, sft_update, shaped_reward, stage1, stage2
 
 # --- settings -------------------------------------------------------------------------------------
@@ -177,13 +177,10 @@ def k1_terms(policy: GPT, base: GPT, r: Rollout, temperature: float):
 
 
 def rl_update(run: Run, r: Rollout, reward_KB, paid_and_held, base: GPT) -> dict:
-    """Take score.py's step on sampled rows, with the KL that the settings name."""
-    if run.config.kl == "exact":
-        return score.rl_update(run, r, reward_KB, paid_and_held, base)
-    logp_BS, kl_BS = k1_terms(run.policy, base, r, run.config.temperature)
-    loss_B = score.loss(logp_BS, kl_BS, r.turn_BS, *paid_and_held)
-    log = summary(r, reward_KB, run.task) | dict(grad_norm=score.optimizer_step(run, loss_B.mean()))
-    return log | {f"kl{k}": (kl_BS * (r.turn_BS == k)).sum(dim=1).mean().item() for k in (1, 2)}
+    """Take score.py's step on sampled rows, with the KL to `base` that the settings name."""
+    terms = k1_terms if run.config.kl == "k1" else token_terms
+    logp_BS, kl_BS = terms(run.policy, base, r, run.config.temperature)
+    return score.rl_update(run, r, reward_KB, logp_BS, kl_BS, paid_and_held)
 
 
 def rl_step(
@@ -329,10 +326,10 @@ def new_run(c: Config, folder: Path) -> Run:
     """Return a run at its first step; nothing is written. ValueError if --base names a run that was
     given another base than this one would train."""
     if c.base and not folder.exists():  # later it needs the other run no more
-        theirs = json.loads((Path(c.base) / "config.json").read_text())["config"]
+        theirs = json.loads((Path(c.base) / "config.json").read_text()).get("config", {})
         theirs, ours = dict(base_attempts=2) | theirs, asdict(c)
         names = [*list(ours)[: list(ours).index("stage1_steps")], "base_attempts"]
-        if other := [name for name in names if theirs[name] != ours[name]]:
+        if other := [name for name in names if theirs.get(name) != ours[name]]:
             raise ValueError(f"--base {c.base} has other settings: {', '.join(other)}")
         load(Path(c.base) / "base.pt")
     run = score.new_run(c, folder)

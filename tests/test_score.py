@@ -172,12 +172,13 @@ def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(monkeypatch, tm
     run, _ = prepared(monkeypatch, tmp_path, REWARDS)
     r, _, reward_KB = score.collect(run, run.policy, K=2)
     paid_and_held = score.stage1(reward_KB, run.config)
+    terms = score.token_terms(run.policy, run.base, r, run.config.temperature)
     r.logp_BS = r.logp_BS - 2e-4 * (r.turn_BS > 0) - 9.0 * (r.turn_BS == 0)
-    assert score.rl_update(run, r, reward_KB, paid_and_held, run.base)["gap"] < 3e-4
+    assert score.rl_update(run, r, reward_KB, *terms, paid_and_held)["gap"] < 3e-4
     b, s = (r.turn_BS == 2).nonzero()[-1]
     r.logp_BS[b, s] -= gap
     with pytest.raises(RuntimeError, match="disagree by"):
-        score.rl_update(run, r, reward_KB, paid_and_held, run.base)
+        score.rl_update(run, r, reward_KB, *terms, paid_and_held)
 
 
 def test_a_supervised_step_is_the_mean_over_all_tokens_of_both_attempts(monkeypatch, tmp_path):

@@ -19,7 +19,6 @@ DOORS = {  # names that no core file uses, and who does
     ("verify", "math"): "users and tasks/: the verdict on an answer in LaTeX",
     ("verify", "program"): "users and tasks/: the verdict on a program",
     ("verify", "load"): "users and scale/: the problems in a file",
-    ("score", "main"): "the command line, also of rooms",
     ("score", "new_run"): "the module that a run's config.json names has one",
 }
 

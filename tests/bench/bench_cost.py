@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import score
 from model import GPT, GPTConfig
-from rollout import addition, rollout
+from rollout import addition, rollout, token_terms
 from tests.bench.bench_memory import resident
 from tests.bench.timing import about, write
 
@@ -59,7 +59,8 @@ def measure(batch: int, length: int, width: int, group: int, prompt: int) -> dic
         noise_KBN = torch.rand(2, batch, length, dtype=torch.float64, generator=generator)
         r = rollout(policy, task, prompts, noise_KBN, c.temperature)
         sampled = time.perf_counter()
-        score.rl_update(run, r, reward_KB, score.stage2(reward_KB, c), base)
+        terms = token_terms(run.policy, base, r, c.temperature)
+        score.rl_update(run, r, reward_KB, *terms, score.stage2(reward_KB, c))
         seconds["sampling"].append(sampled - began)
         seconds["learning"].append(time.perf_counter() - sampled)
     medians = {name: statistics.median(found[WARM:]) for name, found in seconds.items()}

@@ -265,6 +265,13 @@ def test_other_tables_by_hand():
     assert cut(tables.tuning(tuned))[2] == ["SCoRe", "50.0 (+40.0)", "**60.0 (+50.0)**"]
 
 
+def test_without_matplotlib_the_error_names_the_command(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(ValueError, match="pip install matplotlib=="):
+        figures.draw([run_of("score", 0, 0.6, 0.9, attempts={})], tmp_path)
+
+
 # --- the documents --------------------------------------------------------------------------------
 
 FILES = ("study", "three", "pool", "countdown", "tune", "seeds")
