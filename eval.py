@@ -219,11 +219,8 @@ def main(argv: list[str]) -> int:
         path = args.run / ("report.json" if usual else f"report-{args.split}-{n}.json")
         path.with_suffix(".part").write_text(json.dumps(r, indent=2) + "\n")
         path.with_suffix(".part").replace(path)
-    except KeyboardInterrupt:
-        print("eval.py: stopped, nothing written", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
-        print("eval.py: error:", str(error).partition("\n")[0], file=sys.stderr)
+    except (KeyboardInterrupt, ValueError, OSError, RuntimeError, KeyError) as error:
+        print("eval.py: error:", str(error).partition("\n")[0] or "stopped", file=sys.stderr)
         return 2
     show(r)
     return 0

@@ -110,7 +110,7 @@ def find_task(name: str) -> tuple[Callable, dict]:
         module = importlib.import_module(f"tasks.{name}")
         if hasattr(module, "task"):
             return module.task, getattr(module, "SETTINGS", {})
-    raise ValueError(f"--task must be addition or another task in tasks/, as countdown, got {name!r}")
+    raise ValueError(f"--task must be addition or a task in tasks/, as countdown, got {name!r}")
 
 
 # --- one turn -------------------------------------------------------------------------------------

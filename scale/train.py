@@ -10,6 +10,7 @@ trained. speed.jsonl says what the steps took; a run that is resumed adds to it.
     torchrun --nproc-per-node 2 -m -- scale.train --run runs/two
 """
 
+import importlib
 import json
 import os
 import re
@@ -207,4 +208,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(importlib.import_module("scale.train").main(sys.argv[1:]))

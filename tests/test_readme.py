@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import rollout
 import score
 from scale import train
 from study import figures, tables
@@ -121,6 +122,7 @@ def reader(monkeypatch):
 
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(score, "find_task", tiny_task)
+    monkeypatch.setattr(rollout, "find_task", tiny_task)  # of score.py as a main program
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", AtOnce)
     monkeypatch.setattr(figures, "draw", lambda *_: None)  # tests/study draws them
