@@ -258,7 +258,8 @@ def test_an_error_in_a_run_is_one_line(tmp_path, capsys, monkeypatch):
         raise RuntimeError("the verifier has failed\nand this is how")
 
     monkeypatch.setattr(score, "drive", fail)
-    refused(capsys, ["--run", tmp_path / "run", *options(**asdict(CONFIG))], "has failed")
+    assert score.main(["--run", str(tmp_path / "run"), *options(**asdict(CONFIG))]) == 2
+    assert capsys.readouterr().err == "score.py: error: the verifier has failed\n"
 
 
 # --- the command line -----------------------------------------------------------------------------
