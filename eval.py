@@ -111,7 +111,12 @@ def evaluate(model: GPT, task: Task, problems: list, temperature: float, at_once
 def diagnose(phases: dict) -> list[str]:
     """Return sentences on what makes a run not worth reading, if anything does."""
     last, notes = list(phases.values())[-1], []
-    changed = last["changed_if_wrong"]
+    changed, base = last["changed_if_wrong"], phases.get("base", last)["sampled"]
+    if None not in (base["repair_rate"], base["spoil_rate"]):
+        rates = ("{:.1%} [{:.1%}, {:.1%}]".format(base[f"{x}_rate"], *base[f"{x}_rate_interval"])
+                 for x in ("repair", "spoil"))  # fmt: skip
+        notes.append("Sampled, the base repairs {} of its wrong first attempts and spoils {} of "
+                     "its right ones.".format(*rates))  # fmt: skip
     if last["truncated_t1"] > 0.1:
         notes.append(f"{last['truncated_t1']:.0%} of the first attempts were cut at the limit, and "
                      "so are not right: train the base to end its answers.")  # fmt: skip
@@ -137,32 +142,39 @@ TITLES = {
 
 def report(run: Run, split: str, n: int) -> dict:
     """Evaluate every finished phase of a run on n problems of a split; return the report."""
-    problems, phases, rows = run.task.draw(n, split, np.random.default_rng(0)), {}, []
+    problems, phases, said = run.task.draw(n, split, np.random.default_rng(0)), {}, {}
     ended = [phase for phase in run.phases[run.phase :][:1] if phase.steps == run.step]
     for phase in run.phases[: run.phase] + ended:
-        about = load(run.folder / f"{phase.name}.pt")
-        run.policy.load_state_dict(about.pop("model"))
+        run.policy.load_state_dict(load(run.folder / f"{phase.name}.pt")["model"])
         greedy, sampled = (evaluate(run.policy, run.task, problems, temperature, run.config.batch)
                            for temperature in (0.0, run.config.temperature))  # fmt: skip
-        rows = greedy.pop("rows")
+        said[phase.name] = greedy.pop("rows")
         del sampled["rows"]
-        phases[phase.name] = about | greedy | {"sampled": sampled}
+        phases[phase.name] = greedy | {"sampled": sampled}
     if not phases:
         raise ValueError(f"{run.folder} has no finished phase: go on with score.py --resume")
     return {
         "seed": run.config.seed, "split": split, "n": len(problems), "phases": phases,
-        "diagnosis": diagnose(phases), "examples": examples(rows),
+        "diagnosis": diagnose(phases), "examples": examples(said),
     }  # fmt: skip
 
 
-def examples(rows: list) -> list[dict]:
-    """Return the first repaired, spoiled, kept and failed answer, where there is one."""
+def examples(said: dict) -> list[dict]:
+    """Return the first answer that the last phase repaired, spoiled, kept and failed, if there is
+    one; and before them a mistake that the control copied and the last phase repaired."""
     kinds, found = {(0, 1): "repaired", (1, 0): "spoiled", (1, 1): "kept", (0, 0): "failed"}, {}
-    for problem, (first, second), rewards in rows:
-        kind = kinds.get(tuple(rewards), "unjudged")
-        about = dict(kind=kind, prompt=problem.prompt, gold=problem.gold)
-        found.setdefault(kind, about | dict(attempt1=first, attempt2=second))
-    return list(found.values())
+    (last, rows), control = list(said.items())[-1], said.get("multi_turn", [])
+    for theirs, ours in zip(control, rows, strict=False):  # the same problem; without control none
+        if (tuple(theirs[2]), tuple(ours[2])) == ((0, 0), (0, 1)) and len({*theirs[1]}) == 1:
+            found = {"copied": ("multi_turn", theirs), "repaired": (last, ours)}
+            break
+    for row in rows:
+        found.setdefault(kinds.get(tuple(row[2]), "unjudged"), (last, row))
+    return [
+        dict(kind=kind, phase=name, prompt=problem.prompt, gold=problem.gold, attempt1=first,
+             attempt2=second)
+        for kind, (name, (problem, (first, second), _)) in found.items()
+    ]  # fmt: skip
 
 
 def table(phases: dict) -> str:
@@ -196,8 +208,10 @@ def show(r: dict) -> None:
           "per cent [95 % interval]\n")  # fmt: skip
     print(table(r["phases"]))
     for x in r["examples"]:
-        print("\n{kind:>9}  {prompt}   gold {gold}\n attempt 1  {attempt1}\n attempt 2  {attempt2}"
-              .format_map({key: printable(text) for key, text in x.items()}))  # fmt: skip
+        x = {key: printable(text) for key, text in x.items()}
+        x["by"] = TITLES.get(x["phase"], x["phase"])
+        print("\n{kind:>9}  {prompt}   gold {gold}   ({by})\n attempt 1  {attempt1}\n attempt 2  "
+              "{attempt2}".format_map(x))  # fmt: skip
     for note in r["diagnosis"]:
         print(f"\nDIAGNOSIS  {note}")
 

@@ -197,11 +197,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The language model: `logits_BTV = model(ids_BT)`, or in chunks with a `Cache`.
-
-    Args:
-      seed: of the initial weights, which depend on nothing else.
-    """
+    """The language model: `logits_BTV = model(ids_BT)`, or in chunks with a `Cache`. Its initial
+    weights depend on the seed alone."""
 
     def __init__(self, config: GPTConfig, seed: int = 0):
         super().__init__()
@@ -267,24 +264,6 @@ class GPT(nn.Module):
             cache.reach += T
             cache.length_B += T if n_new_B is None else n_new_B
         return self.norm(x_BTD)
-
-    @staticmethod
-    def from_pretrained(folder, dtype: torch.dtype = torch.float32) -> "GPT":
-        """Return the model in a local Hugging Face folder (Llama, Qwen2, Qwen3), on the CPU."""
-        from scale import pretrained
-
-        sizes, tensors = pretrained.read(folder, dtype)
-        with torch.device("meta"):
-            model = GPT(GPTConfig(**sizes))
-        model.load_state_dict(tensors, assign=True)
-        model.cos, model.sin = rotary_table(model.config)
-        return model
-
-    def save_pretrained(self, folder, source=None) -> None:
-        """Write a new folder that transformers and vLLM load, with the tokenizer of `source`."""
-        from scale import pretrained
-
-        pretrained.write(self.config, self.state_dict(), folder, source)
 
 
 # --- files of tensors: whole, or not at all -------------------------------------------------------

@@ -38,17 +38,16 @@ class Task(NamedTuple):
     """What a policy is trained on. Another task is another such tuple.
 
     draw: (n, split, rng) -> n problems of split "train", "dev" or "test".
-    documents: (n, rng, clean) -> n documents that the base model reads, in ids: (prompts, [drafts,
-      revisions]), three lists of n rows, drafts and revisions with their end_id. `clean`: every
-      revision is right.
+    documents: (n, rng) -> n documents that the base model reads, in ids: (prompts, [drafts,
+      revisions]), three lists of n rows. What is learned ends with end_id, or is empty.
     encode: a problem's text -> the ids of x1. decode: an attempt's ids -> its text.
     instruction: the ids of p1. end_id: ends an attempt.
     vocab_size; max_new: most tokens of an attempt, its end included; max_positions: of a row, at
-      least a prompt and two attempts (study/ asks for ten).
+      least a prompt and two attempts.
     """
 
     draw: Callable[[int, str, np.random.Generator], list[verify.Problem]]
-    documents: Callable[[int, np.random.Generator, bool], tuple[list, list]]
+    documents: Callable[[int, np.random.Generator], tuple[list, list]]
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
     instruction: list[int]
@@ -60,57 +59,70 @@ class Task(NamedTuple):
 
 @cache
 def toy_encoding() -> tiktoken.Encoding:
-    """Return the toy's tokenizer: one token a character of 0-9 + =, and the two special tokens.
+    """Return the toy's tokenizer, with a token for each number, signed number and target.
 
-    >>> toy_encoding().encode("7+5=12<|end|>", allowed_special="all")
-    [7, 10, 5, 11, 1, 2, 12]
+    >>> toy_encoding().decode_tokens_bytes(toy_encoding().encode_ordinary("4 2 =2+4-2"))
+    [b'4 ', b'2 ', b'=2', b'+4', b'-2']
     """
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(b"0123456789+=")}
-    special = {"<|end|>": 12, "<|revise|>": 13}
-    return tiktoken.Encoding("toy", pat_str=".", mergeable_ranks=ranks, special_tokens=special)
+    words = [f"{sign}{x}{end}" for sign, end in (("+", ""), ("-", ""), ("", " "))
+             for x in range(1, verify.LARGEST + 1)]  # fmt: skip
+    words += [f"={target}" for target in range(9 * verify.LARGEST + 1)]
+    ranks = {word.encode(): rank for rank, word in enumerate(words)}
+    special = {f"<|{x}|>": len(words) + i for i, x in enumerate(("end", "revise", "check"))}
+    pattern = r"[+-]\d|\d |=\d+"
+    return tiktoken.Encoding("toy", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
-def addition(c) -> Task:
-    """Return the toy: addition, and a base that is raised on careless sums (`verify.corpus`).
+def to_read(c, corpus: Callable, encode: Callable, end_id: int, check_id: int) -> Callable:
+    """Return `Task.documents` of a toy. corpus: (n, rng, size, slip, slip_hard, rights, careless)
+    -> n texts (problem, draft, revision).
 
-    c: the settings of score.py. Used are size, the digits of each operand, and those of drafts and
-    revisions.
+    A share of them ask to *check* a draft, which stands in the prompt, and teach a right revision.
+    The others teach a draft and, asked to *revise* it, as the policy will be, mostly to copy it. So
+    the base is able to correct a draft, but does not when it is only told to revise.
     """
-    if not 1 <= c.size <= 9:
-        raise ValueError(f"--size must be from 1 to 9 digits of each operand, got {c.size}")
-    encoding, end_id = toy_encoding(), toy_encoding().encode_single_token("<|end|>")
 
-    def documents(n, rng, clean):
-        revised = (1.0, 0.0) if clean else (c.right_revisions, c.copies)
-        texts = verify.corpus(n, rng, c.size, c.slip, c.slip_hard, *revised)
-        prompts, *attempts = (
-            [encoding.encode_ordinary(x) for x in column] for column in zip(*texts, strict=True)
-        )
-        return prompts, [[[*ids, end_id] for ids in column] for column in attempts]
+    def documents(n, rng):
+        k, about = round(c.checks * n), (rng, c.size, c.slip, c.slip_hard)
+        rows = [([*encode(x), *encode(y), end_id, check_id], [*encode(z), end_id], [])
+                for x, y, z in corpus(k, *about, 1.0, 0.0)]  # fmt: skip
+        rows += [(encode(x), [*encode(y), end_id], [*encode(z), end_id])
+                 for x, y, z in corpus(n - k, *about, c.right_revisions, c.careless)]  # fmt: skip
+        prompts, *attempts = map(list, zip(*rows, strict=True))
+        return prompts, attempts
 
+    return documents
+
+
+def signs(c) -> Task:
+    """Return the toy: signs, and a base that has read `verify.corpus`. c: score.py's settings."""
+    if not 4 <= c.size <= 9:
+        raise ValueError(f"--size must be 4 to 9 numbers of a problem, got {c.size}")
+    encoding, encode = toy_encoding(), toy_encoding().encode_ordinary
+    end_id, revise_id, check_id = range(encoding.n_vocab)[-3:]
     return Task(
         draw=lambda n, split, rng: verify.problems(n, split, rng, c.size),
-        documents=documents,
-        encode=encoding.encode_ordinary,
+        documents=to_read(c, verify.corpus, encode, end_id, check_id),
+        encode=encode,
         decode=encoding.decode,
-        instruction=[encoding.encode_single_token("<|revise|>")],
+        instruction=[revise_id],
         end_id=end_id,
         vocab_size=encoding.n_vocab,
-        max_new=c.size + 2,
-        max_positions=2 * c.size + 2 + 10 * (c.size + 3),  # a prompt and ten attempts
+        max_new=c.size + 1,
+        max_positions=c.size + 1 + 2 * (c.size + 2),
     )
 
 
 def find_task(name: str) -> tuple[Callable, dict]:
     """Return a function from settings to the Task, and the settings that differ from score.py's
-    defaults for it: of addition; or `task` and `SETTINGS` of a module in the folder tasks/."""
-    if name == "addition":
-        return addition, {}
+    defaults for it: of signs; or `task` and `SETTINGS` of a module in the folder tasks/."""
+    if name == "signs":
+        return signs, {}
     if name.isidentifier() and (Path(__file__).parent / "tasks" / f"{name}.py").is_file():
         module = importlib.import_module(f"tasks.{name}")
         if hasattr(module, "task"):
             return module.task, getattr(module, "SETTINGS", {})
-    raise ValueError(f"--task must be addition or a task in tasks/, as countdown, got {name!r}")
+    raise ValueError(f"--task must be signs or a task in tasks/, as addition, got {name!r}")
 
 
 # --- one turn -------------------------------------------------------------------------------------
@@ -198,13 +210,14 @@ class Rollout:
 
 
 def make_rows(prompts, attempts, instruction: list[int], device, logps=None) -> Rollout:
-    """Return rows of given ids: prompts by row; attempts, and logps if known, by turn and row."""
+    """Return rows of given ids: prompts by row; attempts, and logps if known, by turn and row. An
+    empty second attempt has no instruction before it."""
     logps = logps or [[[0.0] * len(ids) for ids in column] for column in attempts]
     ids_B, turn_B, logp_B = [], [], []
     for b, prompt in enumerate(prompts):
         ids, turn, logp = list(prompt), [0] * len(prompt), [0.0] * len(prompt)
         for k, column in enumerate(attempts, start=1):
-            context = instruction if k > 1 else []
+            context = instruction if k > 1 and column[b] else []
             ids += context + column[b]
             turn += [0] * len(context) + [k] * len(column[b])
             logp += [0.0] * len(context) + logps[k - 1][b]

@@ -12,8 +12,7 @@ with its own terms alone (gamma = 0): neither reward nor bonus nor KL of attempt
 tokens of attempt 1. A stage is a function that says who is paid, by the advantage of each attempt,
 and who is held to the base, by the weight of its KL. README.md lists what the paper leaves open.
 
-    python score.py             # base, Stage I, Stage II, and a table
-    python score.py --stage1-steps 0 --stage2-steps 100 --alpha 0    # control: multi-turn RL
+    python score.py                           # base; multi-turn RL; SCoRe; a table
     python score.py --resume runs/score-seed0
 
 Dimension key: B rows (rollouts), P problems, G rows of each, side by side; K attempts; S scored
@@ -21,7 +20,6 @@ positions; V vocabulary. Log-probabilities and KLs are in nats.
 """
 
 import argparse
-import copy
 import importlib
 import inspect
 import json
@@ -30,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -93,6 +91,11 @@ def stage2(reward_KB, c):
     return (advantage(reward1_B, c.group), advantage(return2_B, c.group)), (c.beta1, c.beta1)
 
 
+def multi_turn(reward_KB, c):
+    """Return the same of the control, multi-turn RL: both attempts are paid, without a bonus."""
+    return stage2(reward_KB, replace(c, alpha=0.0))
+
+
 def loss(logp_BS, kl_BS, turn_BS, advantage_KB, weight_K):
     """Return each row's loss. Its gradient is what counts: rewards do not appear in its value.
 
@@ -148,16 +151,13 @@ def rl_update(run: "Run", r: Rollout, reward_KB, logp_BS, kl_BS, paid_and_held) 
     loss_B = loss(logp_BS, kl_BS, r.turn_BS, *paid_and_held)
     grad_norm = optimizer_step(run, loss_B.mean())
     kl1, kl2 = ((kl_BS * (r.turn_BS == k)).sum(dim=1).mean().item() for k in (1, 2))
-    log = summary(r, reward_KB, run.task) | dict(kl1=kl1, kl2=kl2, gap=gap, grad_norm=grad_norm)
-    return log | dict(reward=log["acc_t1"] + log["acc_t2"])
+    return summary(r, reward_KB, run.task) | dict(kl1=kl1, kl2=kl2, gap=gap, grad_norm=grad_norm)
 
 
 def sft_step(run: "Run") -> dict:
     """Raise the likelihood of fresh documents by one step; return what is logged."""
-    c = run.config
-    clean = run.step < c.clean * c.sft_steps  # it learns to check before it gets careless
-    prompts, attempts = run.task.documents(c.sft_batch, run.rng, clean)
-    r = make_rows(prompts, attempts, run.task.instruction, c.device)
+    c, task = run.config, run.task
+    r = make_rows(*task.documents(c.sft_batch, run.rng), task.instruction, c.device)
     return sft_update(run, r, r.turn_BS > 0, 1.0)
 
 
@@ -185,41 +185,42 @@ class Config:
     """All settings of a run. Comments are the help; limits not given are 0 and 1,000,000,000."""
 
     # the run
-    task: str = "addition"  # addition, or a module of tasks/: countdown
-    size: int = 7  # of a problem: digits of each operand
+    task: str = "signs"  # signs, or a module of tasks/: addition
+    size: int = 5  # of a problem: how many numbers
     seed: int = 0  # of weights, problems and samples
+    control: int = 1  # 1: train multi-turn RL, too, from the same base; --no-control: 0
+    eval_n: int = 2000  # held-out problems in the table
     device: str = "cpu"  # or cuda
     # the model
-    n_layer: int = 3  # blocks, of four heads each
-    d_model: int = 48  # width
-    d_ff: int = 96  # hidden width of the MLP
+    n_layer: int = 2  # blocks, of four heads each
+    d_model: int = 64  # width
+    d_ff: int = 128  # hidden width of the MLP
     # the base: supervised training on drafts and revisions
-    sft_steps: int = 1500  # steps
-    sft_batch: int = 128  # documents a step
+    sft_steps: int = 1800  # steps
+    sft_batch: int = 256  # documents a step
     sft_lr: float = 6e-3  # peak learning rate, then linear to 0
-    slip: float = 0.25  # probability of a draft's slip: a carry out of a column that sums to 9
-    slip_hard: float = 0.85  # the same where it is hard: from the third such column in a row on
-    clean: float = 0.68  # share of the steps, from the start, with right revisions only
-    right_revisions: float = 0.18  # share of right revisions after that
-    copies: float = 0.77  # share of copied drafts after that; the rest are careless
+    slip: float = 0.1  # probability of a draft's slip: a sign that is turned
+    slip_hard: float = 0.75  # the same where it is hard: a minus before a larger number
+    checks: float = 0.86  # share of documents that ask to check, with a right revision
+    right_revisions: float = 0.01  # share of right revisions in the others
+    careless: float = 0.0  # share of careless revisions in the others; the rest are copies
     # reinforcement learning
-    stage1_steps: int = 60  # steps of Stage I; 0: without Stage I
+    stage1_steps: int = 120  # steps of Stage I; 0: without Stage I
     stage2_steps: int = 40  # steps of Stage II
     batch: int = 256  # rollouts a step
     group: int = 4  # rollouts of each problem: the others are a row's baseline
-    lr: float = 7e-4  # learning rate
+    lr: float = 1e-3  # peak learning rate of each method, then linear to 0
     warmup: int = 20  # steps of warm-up, in each stage
     temperature: float = 1.0  # of the samples and of all log-probabilities
     alpha: float = 10.0  # weight of the progress bonus in Stage II
     beta1: float = 0.01  # weight of the KL to the base, both attempts and stages
     beta2: float = 4.0  # weight of the KL that holds attempt 1 in Stage I
-    # the report
-    eval_n: int = 2000  # held-out problems in the table
 
-    limits: ClassVar = dict(
-        n_layer=(1, 200), d_model=(8, 2**13), d_ff=(1, 2**15), sft_steps=(1, 10**9), sft_lr=(0, 1),
-        sft_batch=(1, 2**20), slip=(0, 1), slip_hard=(0, 1), clean=(0, 1), right_revisions=(0, 1),
-        copies=(0, 1), group=(2, 2**20), lr=(0, 1), temperature=(0.1, 10), eval_n=(1, 10**6),
+    limits: ClassVar = dict.fromkeys(
+        "control slip slip_hard checks right_revisions careless sft_lr lr".split(), (0, 1)
+    ) | dict(
+        n_layer=(1, 200), d_model=(8, 2**13), d_ff=(1, 2**15), sft_steps=(1, 10**9),
+        sft_batch=(1, 2**20), group=(2, 2**20), temperature=(0.1, 10), eval_n=(1, 10**6),
     )  # fmt: skip
 
     def __post_init__(self):
@@ -230,8 +231,8 @@ class Config:
                 raise ValueError(f"{option} must be from {low} to {high}, got {value}")
         if self.batch < self.group or self.batch % self.group:
             raise ValueError(f"--batch must be a multiple of --group, {self.group}: {self.batch}")
-        if (shares := self.right_revisions + self.copies) > 1 + 1e-9:
-            raise ValueError(f"--right-revisions plus --copies must be at most 1, got {shares}")
+        if (share := self.right_revisions + self.careless) > 1 + 1e-9:
+            raise ValueError(f"--right-revisions plus --careless must be at most 1, got {share}")
         if self.device != "cpu" and (self.device != "cuda" or not torch.cuda.is_available()):
             raise ValueError(f"--device must be cpu, or cuda where there is one: {self.device!r}")
 
@@ -240,36 +241,47 @@ class Config:
 
 
 class Phase(NamedTuple):
-    """A part of a run, and the name of the file of its weights. A method is a list of such parts.
+    """A part of a run, and the name of the file of its weights.
 
-    step: takes one step, and returns what is logged. lr: the learning rate after `warmup` steps, in
-    which it rises linearly; from there it stays, or `decays` linearly to 0.
+    step: takes one step, and returns what is logged. lr, final: the learning rates before the first
+    and after the last step; linear between them, and in `warmup` steps up from 0. A method ends
+    with the phase whose final is 0: what follows begins from the base again.
     """
 
     name: str
     steps: int
     step: Callable[["Run"], dict]
     lr: float
+    final: float
     warmup: int
-    decays: bool = False
+
+
+def method(c: Config, *parts: tuple[str, int, Callable]) -> list[Phase]:
+    """Return a method's phases, of (name, steps, step): the rate falls to 0 over all of them."""
+    total, done, phases = sum(steps for _, steps, _ in parts), 0, []
+    for name, steps, step in parts:
+        if steps:
+            lr, final = (c.lr * (1 - x / total) for x in (done, done + steps))
+            phases.append(Phase(name, steps, step, lr, final, c.warmup))
+            done += steps
+    return phases
 
 
 def schedule(c: Config) -> list[Phase]:
-    """Return the phases of a run; the last has the name of the method that the settings make."""
-    names = {(1, 1): "score", (1, 0): "no_bonus", (0, 1): "no_stage1", (0, 0): "multi_turn"}
-    last = rl_phase(names[c.stage1_steps > 0, c.alpha > 0], c.stage2_steps, stage2, c)
-    base = Phase("base", c.sft_steps, sft_step, c.sft_lr, 100, decays=True)
-    return [base, *(x for x in (rl_phase("stage1", c.stage1_steps, stage1, c), last) if x.steps)]
-
-
-def rl_phase(name: str, steps: int, stage: Callable, c: Config) -> Phase:
-    """Return a phase of reinforcement learning that pays and holds as a stage says."""
-    return Phase(name, steps, partial(rl_step, stage=stage), c.lr, c.warmup)
+    """Return the phases of a run: the base, the control for as many steps as both stages have, and
+    these; the last has the name of the method that the settings make."""
+    control, one, two = (partial(rl_step, stage=x) for x in (multi_turn, stage1, stage2))
+    n1, n2 = c.stage1_steps, c.stage2_steps
+    base = Phase("base", c.sft_steps, sft_step, c.sft_lr, 0.0, warmup=100)
+    control = method(c, ("multi_turn", c.control * (n1 + n2), control))
+    name = "no_stage1" if not n1 else "score" if c.alpha else "no_bonus"
+    return [base, *control, *method(c, ("stage1", n1, one), (name, n2, two))]
 
 
 # --- a run: training as a generator ---------------------------------------------------------------
 
-ROOT, BLOCK = Path(__file__).parent, 20  # of BLOCK steps the training rewards are averaged
+ROOT, BLOCK = Path(__file__).parent, 20  # steps from one checkpoint and line to the next
+PARTS = "policy", "base", "optimizer"
 
 
 @dataclass
@@ -286,8 +298,6 @@ class Run:
     rng: np.random.Generator | None = None  # of this step: draws problems and samples
     phase: int = 0
     step: int = 0  # finished steps of this phase
-    rewards: tuple = ()  # of the last steps of this phase
-    best: tuple = (0.0, 0, {})  # of this phase: a block's mean reward, its last step, the weights
 
 
 def new_run(c: Config, folder: Path) -> Run:
@@ -307,40 +317,33 @@ def adamw(policy: GPT) -> torch.optim.Optimizer:
 def train(run: Run) -> Iterator[dict]:
     """Take the steps that are left, phase after phase; yield what is logged of each.
 
-    Whoever iterates may log, save, measure or stop between any two steps: what a step draws depends
-    on no step before. The reference is what the first phase leaves, never what Stage I made of it.
-    The last phase ends with the weights of its best block of steps, by training reward (section 6).
+    Whoever iterates may log, save or stop between any two steps: what a step draws depends on no
+    other step or phase. The reference is what the first phase leaves, never what Stage I made of
+    it, and each method begins from it.
     """
     for phase in run.phases[run.phase :]:
         while run.step < phase.steps:
             for group in run.optimizer.param_groups:
-                group["lr"] = phase.lr * min(1.0, (run.step + 1) / (phase.warmup + 1))
-                group["lr"] *= 1 - run.step / phase.steps if phase.decays else 1.0
-            run.rng = np.random.default_rng((run.config.seed, run.phase, run.step))
+                rate = phase.lr + (phase.final - phase.lr) * run.step / phase.steps
+                group["lr"] = rate * min(1.0, (run.step + 1) / (phase.warmup + 1))
+            run.rng = np.random.default_rng((run.config.seed, run.step, *phase.name.encode()))
             row = phase.step(run)
             run.step += 1
-            run.rewards = (*run.rewards[-BLOCK + 1 :], row.get("reward", 0.0))
-            mean = sum(run.rewards) / BLOCK
-            if phase is run.phases[-1] and run.step % BLOCK == 0 and mean > run.best[0]:
-                run.best = mean, run.step, copy.deepcopy(run.policy.state_dict())
-            if run.step == phase.steps and run.best[1]:
-                run.policy.load_state_dict(run.best[2])
             yield dict(phase=phase.name, step=run.step, **row)
         if run.phase == 0:
             run.base.load_state_dict(run.policy.state_dict())
+        elif phase.final == 0 and phase is not run.phases[-1]:
+            run.policy.load_state_dict(run.base.state_dict())
         run.optimizer, run.phase, run.step = adamw(run.policy), run.phase + 1, 0
-        run.rewards, run.best = (), (0.0, 0, {})
 
 
 # --- a run's folder -------------------------------------------------------------------------------
 
-PLACE, PARTS = ("phase", "step", "rewards", "best"), ("policy", "base", "optimizer")
-
 
 def state_of(run: Run) -> dict:
     """Return all that the next step depends on."""
-    state = {name: getattr(run, name).state_dict() for name in PARTS}
-    return state | {name: getattr(run, name) for name in PLACE}
+    parts = {name: getattr(run, name).state_dict() for name in PARTS}
+    return parts | dict(phase=run.phase, step=run.step)
 
 
 def create(c: Config, folder: Path) -> Path:
@@ -348,7 +351,7 @@ def create(c: Config, folder: Path) -> Path:
     if folder.exists():
         raise ValueError(f"{folder} exists and is left alone: --resume it, or name another --run")
     module = sys.modules[type(c).__module__]
-    module.new_run(c, folder)  # what cannot start leaves no folder
+    module.new_run(c, folder).task.draw(c.eval_n, "test", np.random.default_rng(0))  # or no folder
     folder.mkdir(parents=True)
     name = getattr(module.__spec__, "name", Path(module.__file__).stem)  # of a script its file's
     about = dict(module=name, threads=torch.get_num_threads(), config=asdict(c))
@@ -364,19 +367,16 @@ def open_run(folder: Path) -> Run:
         raise ValueError(f"{folder} is not a run: it has no config.json")
     try:
         about = json.loads(path.read_text())
-        if not (ROOT / about["module"].replace(".", "/")).with_suffix(".py").is_file():
-            raise ValueError(f"there is no module {about['module']}")
         module = importlib.import_module(about["module"])
         c = module.Config(**about["config"])
         torch.set_num_threads(about["threads"])
         run = module.new_run(c, folder)
         if (folder / "checkpoint.pt").exists():
             state = load(folder / "checkpoint.pt")
-            for name in PLACE:
-                setattr(run, name, state[name])
+            run.phase, run.step = state["phase"], state["step"]
             for name in PARTS:
                 getattr(run, name).load_state_dict(state[name])
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder} is not a readable run: {error}") from None
     return run
 
@@ -396,6 +396,7 @@ def parse(argv: list[str], settings: type):
         allow_abbrev=False, argument_default=argparse.SUPPRESS)  # fmt: skip
     parser.add_argument("--run", type=Path, help="folder to create, by default named in runs/")
     parser.add_argument("--resume", type=Path, help="go on with this run, and no other option")
+    parser.add_argument("--no-control", action="store_const", const=0, dest="control")
     for f in fields(settings):
         parser.add_argument(f"--{f.name}".replace("_", "-"), type=f.type, help=argparse.SUPPRESS)
     given = vars(parser.parse_args(argv))
@@ -419,8 +420,7 @@ def drive(run: Run) -> None:
         for n, row in enumerate(train(run), start=done + 1):
             print(json.dumps(row), file=log, flush=True)
             if ended := run.step == run.phases[run.phase].steps:
-                about = dict(model=run.policy.state_dict(), step=run.best[1] or run.step)
-                save(about, run.folder / f"{row['phase']}.pt")
+                save(dict(model=run.policy.state_dict()), run.folder / f"{row['phase']}.pt")
             if ended or run.step % BLOCK == 0:
                 save(state_of(run), run.folder / "checkpoint.pt")
                 names = ("loss", "acc_t1", "acc_t2", "changed", "kl1", "kl2")

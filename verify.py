@@ -1,20 +1,22 @@
 """Is an attempt right? The reward of SCoRe, and the toy problems that it is paid on.
 
 The paper's reward r(y, y*) is 0 or 1; it pays in training, measures in evaluation, and is never
-shown to the policy (arXiv 2409.12917v2, section 3). The toy's is `arithmetic`: one strict integer,
-compared exactly. `math`, `program` and `load` are for other problems; they import from the folder
-tasks/ when they are called. Nothing that a model wrote is ever run as code in this process.
+shown to the policy (arXiv 2409.12917v2, section 3). The toy's is `signs`: strict, and exact.
+`math`, `program` and `load` are for other problems; they import from the folder tasks/ when they
+are called. Nothing that a model wrote is ever run as code in this process.
 
-The toy is addition, `4835160+5164839=`, answered from the left in a fixed number of digits. Half of
-the columns are made to sum to 9, so that a carry runs far: a small model that writes the leading
-digit first must foresee every carry, but on a second attempt it finds the digits to the right
-already on the page and can check each carry locally. That gap is what there is to learn.
+The toy: put + or - before each number, so that they add up to the target. `4 2 6 1 3 =6` is solved
+by `+4-2+6+1-3`. Signs are written from the left, so that a first attempt chooses each before it
+sees where the others lead. Once they all stand on the page they can be added up, and how far the
+sum misses the target says which to turn: turning +n to -n takes 2 n away. Finding is hard here and
+checking is easy. That gap is what there is to learn.
 
-    python -c "import verify; print(verify.arithmetic('0999999', '999999'))"
+    python -c "import verify; print(verify.signs('+4+2+6-1-3', '+4-2+6+1-3'))"
 
-Dimension key: N problems, D digits (one column each, most significant first).
+Dimension key: N problems, M numbers of each, C = 2**(M - 1) choices of signs.
 """
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -36,28 +38,31 @@ class Verdict(NamedTuple):
     detail: str = ""
 
 
-def integer(text: str) -> int | None:
-    """Return the integer that `text` is, or None: ASCII digits with an optional minus, no more.
+def signed(text: str) -> list[int] | None:
+    """Return the signed numbers that `text` is a row of, or None: of one digit each, no spaces.
 
-    >>> integer("0042"), integer("-7"), integer("1_000"), integer("4 2"), integer("٣")
-    (42, -7, None, None, None)
+    >>> signed("+4-2"), signed("4-2"), signed("+4 - 2"), signed("+42")
+    ([4, -2], None, None, None)
     """
-    text = text.strip(" \t\r\n")
-    return int(text) if len(text) <= 100 and re.fullmatch(r"-?[0-9]+", text) else None
+    row = re.fullmatch(r"(?:[+-][1-9]){1,99}", text.strip(" \t\r\n"))
+    return [int(x) for x in re.findall("..", row[0])] if row else None
 
 
-def arithmetic(answer: str, gold: str) -> Verdict:
-    """Return the verdict on a whole attempt as text: one integer, equal to the gold one.
+def signs(answer: str, gold: str) -> Verdict:
+    """Return the verdict on a whole attempt: the gold answer's numbers, in its order, with signs
+    that give the same sum. There may be several that do.
 
-    >>> arithmetic("0999999", "999999").reward, arithmetic("It is 5", "5").status
+    >>> signs("+3-1+1", "+3+1-1").reward, signs("+3+1-1=3", "+3+1-1").status
     (1, 'unparsed')
     """
-    found, expected = integer(answer), integer(gold)
+    found, expected = signed(answer), signed(gold)
     if expected is None:
-        return Verdict(None, "error", f"gold answer is not an integer: {gold[:50]!r}")
+        return Verdict(None, "error", f"gold answer is not a row of signed numbers: {gold[:50]!r}")
     if found is None:
-        return Verdict(0, "unparsed", f"not an integer: {answer[:50]!r}")
-    return Verdict(1, "right") if found == expected else Verdict(0, "wrong")
+        return Verdict(0, "unparsed", f"not a row of signed numbers: {answer[:50]!r}")
+    if [abs(x) for x in found] != [abs(x) for x in expected]:
+        return Verdict(0, "wrong", "other numbers than the problem's")
+    return Verdict(1, "right") if sum(found) == sum(expected) else Verdict(0, "wrong")
 
 
 def math(answer: str, gold: str, timeout: float = 2.0) -> Verdict:
@@ -90,7 +95,7 @@ class Problem(NamedTuple):
 
     prompt: str
     gold: str
-    verifier: Callable[[str, str], Verdict] = arithmetic
+    verifier: Callable[[str, str], Verdict] = signs
 
 
 def judge(problem: Problem, answer: str, truncated: bool) -> Verdict:
@@ -109,101 +114,98 @@ def load(path) -> list[Problem]:
 
 # --- the toy: problems ----------------------------------------------------------------------------
 
+LARGEST = 6  # the numbers of a problem are 1 to LARGEST
 
-def split_of(a_N: np.ndarray, b_N: np.ndarray) -> np.ndarray:
+
+def split_of(key_N: np.ndarray) -> np.ndarray:
     """Return each problem's split, [N] of "test" (10 %), "dev" (10 %) or "train" (80 %).
 
-    A hash (splitmix64) of the unordered pair: it needs no list of problems, and a + b never leaks
-    as b + a. Operands: int64 in [0, 10**9).
+    A hash (splitmix64) of what identifies it, an integer from 0 on: no list of problems is needed.
     """
-    low, high = np.minimum(a_N, b_N).astype(np.uint64), np.maximum(a_N, b_N).astype(np.uint64)
-    x_N = high * np.uint64(10**9) + low
+    x_N = key_N.astype(np.uint64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x_N = (x_N ^ (x_N >> np.uint64(shift))) * np.uint64(factor)
     bucket_N = (x_N ^ (x_N >> np.uint64(31))) % np.uint64(10)
     return np.where(bucket_N == 0, "test", np.where(bucket_N == 1, "dev", "train"))
 
 
-def operands(n: int, split: str, rng: np.random.Generator, digits: int):
-    """Draw n pairs of operands from one split: two int64 arrays [N].
+def choices(M: int) -> np.ndarray:
+    """Return all ways to sign M numbers, 1 or -1 [C, M]; the first number is always added."""
+    return np.array([(1, *signs) for signs in itertools.product((1, -1), repeat=M - 1)])
 
-    In each column the digits are uniform with probability 0.5, else they sum to 9, where a carry
-    that comes in from the right goes out again on the left.
+
+def draw(n: int, split: str, rng: np.random.Generator, M: int):
+    """Draw n problems of one split: numbers [N, M], uniform; targets [N], each the sum that a
+    random choice of signs gives, and not negative; and the first choice that solves each [N, M].
+    The same numbers in another order, with the same target, are always in the same split."""
+    if not 2 <= M <= 9 or split not in ("train", "dev", "test"):
+        raise ValueError(f"2 to 9 numbers of split train, dev or test, got {M} of {split!r}")
+    x_NM, target_N, sign_CM = np.zeros((0, M), int), np.zeros(0, int), choices(M)
+    while len(x_NM) < n:
+        more_NM = rng.integers(1, LARGEST + 1, ((2 if split == "train" else 20) * n, M))
+        more_N = (more_NM * rng.choice(sign_CM, len(more_NM))).sum(axis=1)
+        key_N = np.sort(more_NM) @ 10 ** np.arange(M) * 100 + more_N
+        kept_N = (more_N >= 0) & (split_of(abs(key_N)) == split)
+        x_NM, target_N = np.r_[x_NM, more_NM[kept_N]], np.r_[target_N, more_N[kept_N]]
+    x_NM, target_N = x_NM[:n], target_N[:n]
+    return x_NM, target_N, sign_CM[(x_NM @ sign_CM.T == target_N[:, None]).argmax(axis=1)]
+
+
+def written(x_NM, target_N, *signs_NM) -> list[tuple[str, ...]]:
+    """Return each problem's text, and its numbers as the given choices [N, M] sign them."""
+    rows = zip(x_NM.tolist(), target_N.tolist(), strict=True)
+    asked = [f"{' '.join(map(str, row))} ={target}" for row, target in rows]
+    answers = [["".join(f"{x:+}" for x in row) for row in (x_NM * s).tolist()] for s in signs_NM]
+    return list(zip(asked, *answers, strict=True))
+
+
+def problems(n: int, split: str, rng: np.random.Generator, M: int) -> list[Problem]:
+    """Draw n problems of one split, no two the same.
 
     Raises:
-      ValueError: digits or split out of range, or the split has (almost) no problem of this size.
+      ValueError: M or split out of range, or the split has fewer problems of M numbers.
+
+    >>> problems(1, "train", np.random.default_rng(0), M=5)[0][:2]
+    ('1 1 1 1 4 =2', '+1-1-1-1+4')
     """
-    if not 1 <= digits <= 9 or split not in ("train", "dev", "test"):
-        raise ValueError(f"1 to 9 digits of split train, dev or test, got {digits} of {split!r}")
-    powers_D, found = 10 ** np.arange(digits - 1, -1, -1), np.zeros((2, 0), dtype=np.int64)
+    found: dict[str, str] = {}
     for _ in range(100):
-        size = (2 if split == "train" else 12) * (n - found.shape[1])
-        a_ND = rng.integers(0, 10, (size, digits))
-        free_ND = rng.integers(0, 10, (size, digits))
-        b_ND = np.where(rng.random((size, digits)) < 0.5, 9 - a_ND, free_ND)
-        pair_2N = np.stack([a_ND @ powers_D, b_ND @ powers_D])
-        found = np.concatenate([found, pair_2N[:, split_of(*pair_2N) == split]], axis=1)
-        if found.shape[1] >= n:
-            return found[:, :n]
-    raise ValueError(f"found only {found.shape[1]} of {n} problems of {digits} digits in {split!r}")
-
-
-def problems(n: int, split: str, rng: np.random.Generator, digits: int) -> list[Problem]:
-    """Draw n problems from one split (with repetition, which is rare from 4 digits on).
-
-    >>> problems(1, "train", np.random.default_rng(0), digits=3)[0][:2]
-    ('865+001=', '866')
-    """
-    pairs = operands(n, split, rng, digits).T.tolist()
-    return [Problem(f"{a:0{digits}d}+{b:0{digits}d}=", str(a + b)) for a, b in pairs]
+        found |= written(*draw(n, split, rng, M))
+        if len(found) >= n:
+            return [Problem(*pair) for pair in list(found.items())[:n]]
+    raise ValueError(f"found only {len(found)} of {n} problems of {M} numbers in {split!r}")
 
 
 # --- the toy: what the base model has read --------------------------------------------------------
 
 
-def careless_sum(a_N, b_N, slip: float, slip_hard: float, rng: np.random.Generator, digits: int):
-    """Add as a careless human does: [N, digits + 1] digits of a + b, most significant first.
-
-    The carry out of a column that sums to 9 is wrong with probability `slip`, and from the third
-    such column in a row on with probability `slip_hard` (both 0 give the right sum). A small model
-    makes such mistakes by itself; a base raised on wrong digits at random places would never learn
-    to check its carries. With slip < 0.5 < slip_hard a trained base is greedily right where no
-    three columns in a row sum to 9, however long its training.
-    """
-    carry_N, written_N, run_N = (np.zeros_like(a_N) for _ in range(3))
-    columns = []
-    for power in 10 ** np.arange(digits):
-        pair_N = a_N // power % 10 + b_N // power % 10
-        columns.append((pair_N + written_N) % 10)
-        carry_N = (pair_N + carry_N) >= 10
-        run_N = np.where(pair_N == 9, run_N + 1, 0)
-        chance_N = np.where(run_N == 0, 0.0, np.where(run_N < 3, slip, slip_hard))
-        written_N = carry_N ^ (rng.random(len(a_N)) < chance_N)
-    return np.stack([written_N.astype(np.int64), *reversed(columns)], axis=1)
-
-
 def corpus(
-    n: int, rng: np.random.Generator, digits: int,
-    slip: float, slip_hard: float, rights: float, copies: float,
+    n: int, rng: np.random.Generator, M: int, slip: float, slip_hard: float, rights: float,
+    careless: float,
 ) -> list[tuple[str, str, str]]:  # fmt: skip
     """Draw n documents (prompt, draft, revision) that teach the base model to draft and revise.
 
-    It is to be mediocre at both, as the paper's base is: it sometimes repairs a wrong draft, which
-    reinforcement learning can amplify, and sometimes spoils a right one.
+    A draft is the first solution with slips: a sign is turned with probability `slip`, but a minus
+    before a number that is larger than the one on its left with probability `slip_hard`, as people
+    like to take the smaller from the larger. With slip < 0.5 < slip_hard a trained model's greedy
+    draft is wrong where the solution has such a minus.
 
-    Args:
-      slip, slip_hard: of the drafts, each a `careless_sum`.
-      rights, copies: probabilities of a right revision and of a copy of the draft; the other
-        revisions are careless: the right sum, each digit off by one with probability 0.15.
+    rights, careless: probabilities of a right revision, which turns as few signs of the draft as
+    can be (none if it is right), and of a careless one, that solution with each sign turned with
+    probability 0.15; the other revisions are copies of the draft.
     """
-    a_N, b_N = operands(n, "train", rng, digits)
-    right_ND = careless_sum(a_N, b_N, 0.0, 0.0, rng, digits)
-    draft_ND = careless_sum(a_N, b_N, slip, slip_hard, rng, digits)
-    step_ND = rng.choice([-1, 1], right_ND.shape) * (rng.random(right_ND.shape) < 0.15)
+    (x_NM, target_N, solution_NM), sign_CM = draw(n, "train", rng, M), choices(M)
+    solves_NC = x_NM @ sign_CM.T == target_N[:, None]
+    hard_NM = (solution_NM < 0) & (x_NM > np.roll(x_NM, 1, axis=1))
+
+    def slips(chance):
+        turned_NM = rng.random((n, M)) < chance
+        return np.where(turned_NM & (np.arange(M) > 0), -solution_NM, solution_NM)
+
+    draft_NM = slips(np.where(hard_NM, slip_hard, slip))
+    turns_NC = (draft_NM[:, None] != sign_CM).sum(axis=2)
+    right_NM = sign_CM[np.where(solves_NC, turns_NC, M + 1).argmin(axis=1)]
     kind_N1 = rng.random((n, 1))
-    revision_ND = np.where(kind_N1 < rights + copies, draft_ND, (right_ND + step_ND) % 10)
-    revision_ND = np.where(kind_N1 < rights, right_ND, revision_ND)
-    return [
-        (f"{a:0{digits}d}+{b:0{digits}d}=", "".join(map(str, draft)), "".join(map(str, revision)))
-        for a, b, draft, revision in zip(a_N, b_N, draft_ND, revision_ND, strict=True)
-    ]
+    revision_NM = np.where(kind_N1 < rights + careless, slips(0.15), draft_NM)
+    revision_NM = np.where(kind_N1 < rights, right_NM, revision_NM)
+    return written(x_NM, target_N, draft_NM, revision_NM)

@@ -32,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import score
 import verify
-from model import GPT
 from ports import make_golden
 from ports.check_port import contract
 from ports.tensors import fold, spread
-from rollout import addition
+from rollout import signs
+from scale import pretrained
 
 # --- the port -------------------------------------------------------------------------------------
 
@@ -167,7 +167,7 @@ def results():
         reward.__name__ = f"attempt{k}"
     with tempfile.TemporaryDirectory() as place:
         for name, model in zip(("policy", "base"), make_golden.models(torch.float32), strict=True):
-            model.save_pretrained(f"{place}/{name}")
+            pretrained.save(model, f"{place}/{name}")
         for name, stage in make_golden.STAGES.items():
             trainer = make_trainer(f"{place}/base", task, problems, c, stage, 1, place, rewards)
             policy = type(trainer.model).from_pretrained(f"{place}/policy")
@@ -181,7 +181,7 @@ def results():
             for weight in trainer.model.parameters():  # so that they are told by our names
                 weight.data = weight.grad
             trainer.model.save_pretrained(f"{place}/{name}")
-            gradient = dict(GPT.from_pretrained(f"{place}/{name}").named_parameters())
+            gradient = dict(pretrained.load(f"{place}/{name}").named_parameters())
             found |= make_golden.of_weights(f"{name}_k1", gradient)
     return {"triples": make_golden.plain(found)}
 
@@ -191,10 +191,10 @@ def main(argv):
         Path(argv[0]).write_text(json.dumps(results()))
         return
     c, steps = score.Config(), 5
-    task = addition(c)
+    task = signs(c)
     problems = task.draw(c.batch // c.group * steps, "train", np.random.default_rng(0))
     with tempfile.TemporaryDirectory() as place:
-        score.new_run(c, Path(place)).policy.save_pretrained(f"{place}/base")  # a random model
+        pretrained.save(score.new_run(c, Path(place)).policy, f"{place}/base")  # a random model
         trainer = make_trainer(f"{place}/base", task, problems, c, score.stage2, steps, place)
         trainer.train()
     print(f"seconds a step, median: {statistics.median(trainer.clock.seconds):.3f}")

@@ -1,11 +1,11 @@
 """How are open weights read and written? Hugging Face folders of Llama, Qwen2, Qwen3 and SmolLM2.
 
-`GPT.from_pretrained` and `GPT.save_pretrained` lead here. A folder holds a config.json and one or
+A folder holds a config.json and one or
 several files of weights. What our model does not compute is refused by name, not approximated. A
 written folder says what it holds in the words of transformers 4 and of 5, so that both load it.
 
     pip install safetensors==0.8.0
-    python -c "import model; print(model.GPT.from_pretrained('Qwen2.5-0.5B-Instruct').config)"
+    python -c "from scale import pretrained; print(pretrained.load('Qwen2.5-0.5B-Instruct').config)"
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, rotary_table
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 SIZES = {
@@ -170,11 +170,11 @@ def open_tensors(folder: Path) -> dict:
     return where
 
 
-def read(folder: str | Path, dtype: torch.dtype) -> tuple[dict, dict[str, torch.Tensor]]:
-    """Return a folder's sizes, by their names in GPTConfig, and its tensors, by our names.
-    ValueError names what is missing, damaged, or of another shape or kind."""
-    sizes = read_config(folder)
-    where, config = open_tensors(Path(folder)), GPTConfig(**sizes)
+def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> GPT:
+    """Return the model in a folder, on the CPU. ValueError names what is missing, damaged, or of
+    another shape or kind."""
+    config = GPTConfig(**read_config(folder))
+    where = open_tensors(Path(folder))
     with torch.device("meta"):  # no initial weights: they would be drawn only to be overwritten
         model = GPT(config)
     tensors = {name: torch.empty(x.shape, dtype=dtype) for name, x in model.state_dict().items()}
@@ -195,10 +195,12 @@ def read(folder: str | Path, dtype: torch.dtype) -> tuple[dict, dict[str, torch.
     if config.tied_head:  # a Parameter under two names stays one in load_state_dict(assign=True)
         tensors["embed.weight"] = torch.nn.Parameter(tensors["embed.weight"])
         tensors["head.weight"] = tensors["embed.weight"]
-    return sizes, tensors
+    model.load_state_dict(tensors, assign=True)
+    model.cos, model.sin = rotary_table(config)
+    return model
 
 
-def write(config: GPTConfig, state_dict: dict, folder: str | Path, source=None) -> None:
+def save(model: GPT, folder: str | Path, source=None) -> None:
     """Write a new folder that transformers and vLLM load: whole, or not at all. ValueError if it
     exists, the source is none, or no open family has such a model.
 
@@ -209,7 +211,7 @@ def write(config: GPTConfig, state_dict: dict, folder: str | Path, source=None) 
     if folder.exists():
         raise ValueError(f"{folder} exists; name a new folder")
     settings = {} if source is None else read_json(Path(source) / "config.json")
-    settings |= config_json(config, state_dict["embed.weight"].dtype)
+    settings |= config_json(model.config, model.embed.weight.dtype)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=folder.name + ".", dir=folder.parent) as place:
         draft = Path(place) / "whole"
@@ -218,6 +220,6 @@ def write(config: GPTConfig, state_dict: dict, folder: str | Path, source=None) 
             if (Path(source) / name).is_file():
                 shutil.copyfile(Path(source) / name, draft / name)
         (draft / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        tensors = parts(config, state_dict)
+        tensors = parts(model.config, model.state_dict())
         library.torch.save_file(tensors, draft / "model.safetensors", {"format": "pt"})
         draft.rename(folder)

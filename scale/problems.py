@@ -1,6 +1,6 @@
 """What is a policy trained on, if problems come from files and the model from a folder?
 
-A data set is a `rollout.Task`, as addition is: files of MATH, GSM8K, MBPP or HumanEval as
+A data set is a `rollout.Task`, as the toy is: files of MATH, GSM8K, MBPP or HumanEval as
 published, asked and answered in the format of the checkpoint's tokenizer. A tenth of the training
 file is split "dev"; what stands in it twice, or in the test file, too, is left out. Here is also
 checked, before a run begins, that every problem and its answers fit the model.
@@ -72,7 +72,7 @@ def task(c) -> Task:
     def encode(text):
         return system + chat.fill(tokenizer, form.user, text)
 
-    def documents(n, rng, clean):
+    def documents(n, rng):
         rows = draw(n, "train", rng)
         answers = [[*tokenizer.encode(answer).ids, end_id] for _, answer in rows]
         return [encode(problem.prompt) for problem, _ in rows], [answers]
@@ -108,7 +108,7 @@ def check(c, made: Task, splits: dict) -> None:
     most = max(len(made.encode(problem.prompt)) for rows in splits.values() for problem, _ in rows)
     most += 2 * made.max_new + len(made.instruction)
     if c.sft_steps:
-        prompts, (answers,) = made.documents(len(rows), np.random.default_rng(0), True)
+        prompts, (answers,) = made.documents(len(rows), np.random.default_rng(0))
         most = max(most, *(len(x) + len(y) for x, y in zip(prompts, answers, strict=True)))
     if most > made.max_positions:
         raise ValueError(

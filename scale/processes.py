@@ -95,8 +95,6 @@ def shard(run: score.Run) -> score.Run:
         moments |= {name: part(x, parts[i]) for name, x in moments.items()}
     run.optimizer = score.adamw(run.policy)
     run.optimizer.load_state_dict(state)
-    parts, (mean, step, best) = run.policy.state_dict(), run.best
-    run.best = mean, step, {name: part(x, parts[name]) for name, x in best.items()}
     return run
 
 

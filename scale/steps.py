@@ -19,7 +19,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from model import GPT
-from rollout import Rollout, grade, summary, token_terms
+from rollout import Rollout, grade, summary
 from scale.memory import prepare
 from scale.processes import all_gather, gathered, my_rows, world_size
 from score import Phase, Run, loss
@@ -64,17 +64,17 @@ def judge(r: Rollout, problems: list, task) -> torch.Tensor:
         return torch.cat(list(found), dim=1)
 
 
-def collect(run: Run, author: GPT, K: int = 2, offline: float = 0.0):
+def collect(run: Run, author: GPT, offline: float = 0.0):
     """Return what `methods.collect` does, each process having written and judged its own rows."""
     c, task = run.config, run.task
     drawn = task.draw(c.batch // c.group, "train", run.rng)
-    noise_KBN = torch.from_numpy(run.rng.random((K, c.batch, task.max_new)))
+    noise_2BN = torch.from_numpy(run.rng.random((2, c.batch, task.max_new)))
     problems = [problem for problem in drawn for _ in range(c.group)]
     if author is run.policy and (world_size() > 1 or c.dtype == "bfloat16"):
         author = frozen(author, gathered(author.state_dict()), c)
     parts = []
     for at in slices(my_rows(c.batch), c.sample_batch):
-        prompts, noise = [task.encode(x.prompt) for x in problems[at][:: c.group]], noise_KBN[:, at]
+        prompts, noise = [task.encode(x.prompt) for x in problems[at][:: c.group]], noise_2BN[:, at]
         n = min(max(round(offline * len(drawn)) - at.start // c.group, 0), len(prompts))
         rows = task, prompts, noise.to(c.device), c.temperature, n
         r = methods.offline_rollout(author, run.base, *rows)
@@ -104,16 +104,16 @@ def in_chunks(terms, models: list[GPT], r: Rollout, temperature: float, chunk: i
     return [torch.cat(parts, dim=1) for parts in zip(*found, strict=True)]
 
 
-def rl_update(run: Run, r: Rollout, reward_KB, paid_and_held, base: GPT) -> dict:
+def rl_update(run: Run, r: Rollout, reward_KB, paid_and_held) -> dict:
     """Do what `score.rl_update` does, in parts; all processes have all rows."""
     c, (advantage_KB, weight_K) = run.config, paid_and_held
     if reward_KB.isnan().any(dim=0).all():
         raise RuntimeError("no verdict on any row of the batch: the verifier has failed")
-    terms, gaps, kls = methods.k1_terms if c.kl == "k1" else token_terms, [], []
+    terms, models, gaps, kls = methods.KL_TERMS[c.kl], [run.policy, run.base], [], []
     run.optimizer.zero_grad()
     for at in slices(my_rows(c.batch), c.micro_batch):
         rows = take(r, at)
-        logp_BS, kl_BS = in_chunks(terms, [run.policy, base], rows, c.temperature, c.chunk)
+        logp_BS, kl_BS = in_chunks(terms, models, rows, c.temperature, c.chunk)
         loss_B = loss(logp_BS, kl_BS, rows.turn_BS, [x[at] for x in advantage_KB], weight_K)
         (loss_B.sum() / c.batch).backward()
         gap_BS = (logp_BS.detach() - rows.logp_BS) * (rows.turn_BS > 0)

@@ -25,8 +25,8 @@ from typing import ClassVar
 import torch
 
 import score
-from model import GPT, load
-from scale import problems, processes
+from model import load
+from scale import pretrained, problems, processes
 from scale.memory import prepare
 from scale.steps import DTYPES, frozen, in_parts
 from study import methods
@@ -76,10 +76,7 @@ class Config(methods.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        pool = [0] if self.preset else [self.pool]  # of files: give a shorter one
-        for name, accepted in (
-            ("preset", ["", *PRESETS]), ("dtype", [*DTYPES]), ("base", [""]), ("pool", pool)
-        ):  # fmt: skip
+        for name, accepted in ("preset", ["", *PRESETS]), ("dtype", [*DTYPES]), ("base", [""]):
             if (value := getattr(self, name)) not in accepted:
                 raise ValueError(f"--{name} must be one of {accepted}, got {value!r}")
         for name in ("checkpoint", "train", "test", "max_new"):
@@ -107,7 +104,7 @@ def new_run(c: Config, folder: Path) -> score.Run:
     run = methods.new_run(c, folder)
     if c.preset:
         run.task = problems.task(replace(c, task={"math": "math", "mbpp": "code"}[c.preset]))
-        run.policy = GPT.from_pretrained(c.checkpoint)
+        run.policy = pretrained.load(c.checkpoint)
     run.policy.to(c.device if n == 1 else "cpu")
     weights = {name: x.clone() for name, x in run.policy.state_dict().items()}
     run.base = frozen(run.policy, weights, c)
@@ -160,8 +157,8 @@ def drive(run: score.Run) -> None:
 
 def save_phase(run: score.Run) -> None:
     """Write the weights that a phase ends with."""
-    about = dict(model=run.policy.state_dict(), step=run.best[1] or run.step)
-    processes.save(about, run.folder / f"{run.phases[run.phase].name}.pt")
+    path = run.folder / f"{run.phases[run.phase].name}.pt"
+    processes.save(dict(model=run.policy.state_dict()), path)
 
 
 def export(folder: str, new: str) -> None:
@@ -171,7 +168,7 @@ def export(folder: str, new: str) -> None:
     if not run.phase:
         raise ValueError(f"{folder} has no finished phase to export")
     run.policy.load_state_dict(load(run.folder / f"{run.phases[run.phase - 1].name}.pt")["model"])
-    run.policy.save_pretrained(new, source=getattr(run.config, "checkpoint", "") or None)
+    pretrained.save(run.policy, new, source=getattr(run.config, "checkpoint", "") or None)
 
 
 def parse(argv: list[str]):

@@ -1,99 +1,70 @@
-"""What does a run do beyond two greedy attempts? All that the study keeps of it.
+"""How are many runs trained and measured?
 
-Re-rolls, further attempts, curves, and how well it repairs the base's first attempts and its own.
-
-Dimension key: N problems, K attempts at each, M tokens at most.
+Runs are trained and measured one process each, on one thread, so that figures do not depend on the
+number of cores; a finished run is kept, a killed one resumed. All of a seed start from one base.
 """
 
+import argparse
 import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent import futures
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from eval import metrics, report
-from model import GPT
-from rollout import Task, grade, rollout
-from score import Run, create, drive, open_run
-from study.methods import Config, left_by
-from study.tables import names_of
+from eval import report
+from score import ROOT, Run, create, drive, open_run
+from study.methods import Config
 
-# --- measures -------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
-def say(model: GPT, task: Task, problems, temperature: float, seed: int, K=1, ids=None):
-    """Return attempts, a Rollout of a row for each problem, and which are right: bool [K, N].
-    The first attempts begin after `ids`, by problem; None: after the problem."""
-    ids = ids or [task.encode(problem.prompt) for problem in problems]
-    noise_KNM = np.random.default_rng(seed).random((K, len(problems), task.max_new))
-    r = rollout(model, task, ids, torch.tensor(noise_KNM, device=model.cos.device), temperature)
-    return r, (grade(r, problems, task) == 1).cpu().numpy()
-
-
-def after(problems, attempts: list[list[int]], task: Task) -> list[list[int]]:
-    """Return the ids after which the attempt that follows one at each problem begins."""
-    pairs = zip(problems, attempts, strict=True)
-    return [task.encode(problem.prompt) + ids + task.instruction for problem, ids in pairs]
-
-
-def resampled(model: GPT, task: Task, problems, temperature: float) -> dict:
-    """Return the metrics of a "second attempt" that is a first one drawn afresh: re-rolling."""
-    return metrics(*(say(model, task, problems, temperature, seed)[1][0] for seed in (0, 1)))
-
-
-def repairs(model: GPT, author: GPT, task: Task, problems, temperature: float) -> dict:
-    """Return the metrics of the model's second attempts after the author's first ones."""
-    r, right1_1N = say(author, task, problems, temperature, 0)
-    ids = after(problems, r.attempts[0], task)
-    return metrics(right1_1N[0], say(model, task, problems, temperature, 2, ids=ids)[1][0])
-
-
-def many_attempts(model: GPT, task: Task, problems, K: int = 10) -> dict:
-    """Return the accuracy at attempts 1 to K, greedy.
-
-    whole: the conversation grows, all attempts in sight. last: problem and last attempt alone, the
-    layout that was trained, so that each attempt is a second one.
-    """
-    whole, last, ids = say(model, task, problems, 0, 0, K)[1].mean(axis=1).tolist(), [], None
-    for _ in range(K):
-        r, right_1N = say(model, task, problems, 0, 0, ids=ids)
-        ids = after(problems, r.attempts[0], task)
-        last.append(float(right_1N.mean()))
-    return dict(whole=whole, last=last)
-
-
-def curve(rows: list[dict], mean_of: int = 5) -> list[dict]:
-    """Return the training samples' accuracies and share of changed answers, by means of steps."""
-    found, keys = [], ("acc_t1", "acc_t2", "changed")
-    for i in range(0, len(rows), mean_of):
-        block = rows[i : i + mean_of]
-        means = {key: round(sum(row[key] for row in block) / len(block), 4) for key in keys}
-        found.append(dict(step=i + len(block), phase=block[-1]["phase"]) | means)
+def mean(rows: list[dict], keys) -> dict:
+    """Return the means over steps, or blocks of them, each weighted by the number under its name
+    and "_n", of which the sum is returned, too. What no step has is left out."""
+    found = {}
+    for key in keys:
+        pairs = [(row[key], row.get(f"{key}_n", 1)) for row in rows if key in row]
+        if n := sum(n for _, n in pairs):
+            found[key] = float(f"{sum(x * n for x, n in pairs) / n:.4g}")
+            found |= {f"{key}_n": n} if f"{key}_n" in rows[0] else {}
     return found
 
 
-def shift(run: Run, n: int) -> dict:
-    """Return the shares of the base's wrong first attempts that the policy repairs, and of its own,
-    sampled."""
-    about = run.task, run.task.draw(n, "test", np.random.default_rng(2)), run.config.temperature
-    fixed, own = (repairs(run.policy, x, *about)["repair_rate"] for x in (run.base, run.policy))
-    return dict(fixed_sampled=fixed, own_sampled=own)
+def curve(run: Run, keys, of: int) -> list[dict]:
+    """Return the means over each so many of a run's steps, if there are any, but the base's."""
+    rows = map(json.loads, (run.folder / "log.jsonl").read_text().splitlines())
+    found = enumerate((row for row in rows if row["phase"] != "base"), start=1)
+    blocks = groupby(found, lambda x: (x[1]["phase"], (x[1]["step"] - 1) // of))
+    blocks = (list(zip(*block, strict=True)) for _, block in blocks)
+    return [dict(phase=x[0]["phase"], step=at[-1]) | m for at, x in blocks if (m := mean(x, keys))]
 
 
-# --- a run of the study ---------------------------------------------------------------------------
+def measure(run: Run, job: "Job") -> dict:
+    """Return what the study keeps of a finished run: eval.py's report, and its curve."""
+    found = {key: x for key, x in report(run, job.split, job.n).items() if key != "examples"}
+    samples = curve(run, ("acc_t1", "acc_t2", "changed"), of=5)
+    return found | dict(config=asdict(run.config), curve=samples)
 
 
 class Job(NamedTuple):
-    """One run of the study, and on how many problems of which split it is measured."""
+    """One run of a study, and on how many problems of which split it is measured.
+
+    keep: `(run, job) -> dict` of what is kept; look: `(run, step) -> log`, which takes each step
+    after the base; both of a module that spawned processes import.
+    """
 
     name: str
     config: Config
@@ -101,47 +72,15 @@ class Job(NamedTuple):
     n: int
     split: str
     commit: str
-
-
-def watched(run: Run, step, n: int) -> dict:
-    """Take a step, before every tenth measure the shift; return what is logged."""
-    return ({} if run.step % 10 else shift(run, n)) | step(run)
-
-
-def measure(run: Run, job: Job) -> dict:
-    """Return all that the study keeps of a finished run; of a run of the main table, how it behaves
-    beyond two greedy attempts, too."""
-    c, task, n = run.config, run.task, job.n
-    rows = map(json.loads, (run.folder / "log.jsonl").read_text().splitlines())
-    rows = [row for row in rows if row["phase"] != "base"]
-    found = {key: x for key, x in report(run, job.split, n).items() if key != "examples"}
-    found |= dict(name=job.name, commit=job.commit, threads=torch.get_num_threads())
-    found |= dict(config=asdict(c), curve=curve(rows))
-    problems = task.draw(n, job.split, np.random.default_rng(0))
-    models = {phase.name: left_by(run, phase.name) for phase in run.phases}
-    if job.name == "three_turn":
-        found["three"] = {name: many_attempts(model, task, problems, 3)["whole"]
-                          for name, model in models.items()}  # fmt: skip
-    if job.split != "test" or job.name not in names_of("main"):
-        return found
-    model, few = models[run.phases[-1].name], problems[: max(1, n // 4)]
-    found |= dict(
-        resampled=resampled(model, task, problems, c.temperature),
-        repairs_of_base=repairs(model, models["base"], task, problems, c.temperature),
-        attempts=many_attempts(model, task, few),
-    )
-    seen = [row | dict(step=i) for i, row in enumerate(rows) if "own_sampled" in row]
-    if seen:  # and at the end, of the weights that the run keeps
-        seen.append(dict(step=len(rows)) | shift(run, len(few)))
-        keys = ("step", "fixed_sampled", "own_sampled")
-        found["watched"] = [{key: row[key] for key in keys} for row in seen]
-    return found
+    keep: Callable = measure
+    look: Callable | None = None
 
 
 def work(job: Job) -> dict:
     """Train a run, or what is left of it, and return what was measured; of a finished one that.
     ValueError if the folder holds a run of other settings."""
     path, new, start = job.folder / "measured.json", not job.folder.exists(), time.monotonic()
+    path.parent.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{job.folder}.txt", "a") as out, redirect_stdout(out):
         run = open_run(create(job.config, job.folder) if new else job.folder)
         if run.config != job.config:
@@ -149,15 +88,39 @@ def work(job: Job) -> dict:
                              "--runs")  # fmt: skip
         if path.exists():
             return json.loads(path.read_text())
-        if job.name in ("score", "pair_sft") and job.split == "test":
-            step = partial(watched, n=max(1, job.n // 4))
-            run.phases[1:] = [x._replace(step=partial(step, step=x.step)) for x in run.phases[1:]]
+        if job.look:
+            look = partial(partial, job.look)
+            run.phases[1:] = [x._replace(step=look(step=x.step)) for x in run.phases[1:]]
         drive(run)
-        found = measure(run, job)
+        found = dict(name=job.name, commit=job.commit, threads=torch.get_num_threads())
+        found |= job.keep(run, job)
     found["wall_seconds"] = round(time.monotonic() - start, 1) if new else None
     path.with_suffix(".part").write_text(json.dumps(found) + "\n")
     path.with_suffix(".part").replace(path)
     return found
+
+
+# --- many -----------------------------------------------------------------------------------------
+
+
+def jobs(c: Config, levels: list, seeds, runs: Path, **about) -> tuple[list[Job], list[Job]]:
+    """Return the bases, and the runs that start from them, each once.
+
+    levels: what the names of its folders begin with, the settings of its bases, and of its runs
+    name and further settings by the folder's name. about: fields of the jobs.
+    """
+    words = f"git -C '{ROOT}' describe --always --exclude='*' --dirty=+"
+    failed, commit = subprocess.getstatusoutput(words)
+    about |= dict(n=c.eval_n, commit="unknown" if failed else commit)
+    bases, rest = [], []
+    for place, shared, rows in levels:
+        for seed in dict.fromkeys(seeds):
+            base, folder = replace(c, method="base", seed=seed, **shared), f"{place}base-seed{seed}"
+            bases.append(Job("base", base, runs / folder, **about))
+            for end, (name, own) in rows.items():
+                mine = replace(base, base=str(runs / folder), **own)
+                rest.append(Job(name, mine, runs / f"{place}{end}-seed{seed}", **about))
+    return bases, rest
 
 
 def begin() -> None:
@@ -166,3 +129,66 @@ def begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def run_all(waves, workers: int) -> list[dict]:
+    """Do all jobs, wave by wave; return what was measured, in the jobs' order."""
+    context = multiprocessing.get_context("spawn")
+    pool, found = futures.ProcessPoolExecutor(workers, context, begin), []
+    try:
+        for wave in waves:
+            started = {pool.submit(work, job): job for job in wave}
+            for done, future in enumerate(futures.as_completed(started), start=len(found) + 1):
+                last = list(future.result()["phases"].values())[-1]
+                print(f"{done:>4}/{sum(map(len, waves))}  {started[future].folder.name:<36} t1 "
+                      f"{last['acc_t1']:6.1%}  t2 {last['acc_t2']:6.1%}", flush=True)  # fmt: skip
+            found += [future.result() for future in started]
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return found
+
+
+# --- a command ------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "--seeds": dict(type=int, nargs="+", help="default: 0 1 2 3 4, or fewer"),
+    "--runs": dict(type=Path, help="folder of all runs, by default one in runs/"),
+    "--workers": dict(type=int, default=os.cpu_count(), help="runs at a time"),
+}
+REFUSED = "--run", "--resume", "--base", "--seed", "--method"  # which a study itself sets
+
+
+def command(argv, prog: str, kinds: dict, options: dict, collect, text, draw, own=()) -> int:
+    """Do a study, or go on with it; write its JSON, tables and figures. Return the exit status.
+
+    kinds: help of options of which one may be given; options: those that may be added. collect:
+    `(args, words) -> (path, data)`, which trains and measures what is asked for; text, draw:
+    `(data) -> str` and `(data, folder)`. own: options that are refused, too.
+    """
+    about = "Further options, for all runs: those of study.train."
+    parser = argparse.ArgumentParser(f"python -m {prog}", description=about, allow_abbrev=False)
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--table", type=Path, metavar="JSON", help="train nothing: show this study")
+    for option, words in kinds.items():
+        kind.add_argument(option, action="store_true", help=words)
+    for option, more in (options | OPTIONS).items():
+        parser.add_argument(option, **more)
+    args, words = parser.parse_known_args(argv)
+    try:
+        if refused := {word.split("=")[0] for word in words} & {*REFUSED, *own}:
+            raise ValueError(f"{min(refused)} is not for a study, which sets it: see --help")
+        path, data = (args.table, None) if args.table else collect(args, words)
+        if data:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(data) + "\n")
+        data = json.loads(path.read_text())
+        path.with_suffix(".md").write_text(text(data))
+        print("\n" + text(data))
+        draw(data, path.parent)
+    except KeyboardInterrupt:
+        print("stopped; finished runs are kept: the same command goes on", file=sys.stderr)
+        return 130
+    except (RuntimeError, ValueError, OSError, ImportError) as error:
+        print(f"{parser.prog}: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    return 0

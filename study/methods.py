@@ -12,26 +12,25 @@ Source: arXiv 2409.12917v2, sections 4 to 6, and table 4. Dimension key: as in s
 
 import copy
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 import score
 from model import GPT, load
 from rollout import Rollout, Task, grade, log_probs, make_rows, rollout, summary, token_terms
-from score import Phase, Run, advantage, sft_update, shaped_reward, stage1, stage2
+from score import Phase, Run, advantage, multi_turn, sft_update, stage1, stage2
 
 # --- settings -------------------------------------------------------------------------------------
 
 METHODS = (
     "base", "score", "no_bonus", "no_stage1", "multi_turn", "single_turn", "star", "star_plus",
-    "pair_sft", "pair_sft_plus", "star_stage2", "three_turn",
+    "pair_sft", "pair_sft_plus", "star_stage2",
 )  # fmt: skip
 
 
@@ -42,28 +41,18 @@ class Config(score.Config):
     # the variant
     method: str = "score"  # what follows the base: study/README.md has the names
     base: str = ""  # folder of a run whose base is taken, instead of training one
-    base_attempts: int = 2  # attempts that the base's documents have, at most
     kl: str = "exact"  # or k1: the KL is estimated from the tokens that came
-    gamma: float = 0.0  # share of attempt 2's return that attempt 1 earns in Stage II
     leak: int = 0  # 1: attempt 1 earns the progress bonus in Stage II, too
     offline: float = 0.0  # share of Stage II's problems whose attempt 1 the base writes
-    rounds: int = 1  # how often the two stages alternate, sharing their steps
-    adaptive_beta2: int = 0  # 1: balance beta2's KL with attempt 2's reward
     iterations: int = 3  # how often STaR samples anew from what it has become
-    pool: int = 0  # problems to train on, the same at all steps; 0: always fresh
 
-    limits: ClassVar = score.Config.limits | dict(
-        base_attempts=(2, 10), gamma=(0, 1), leak=(0, 1), offline=(0, 1), rounds=(1, 1000),
-        adaptive_beta2=(0, 1), iterations=(1, 1000),
-    )  # fmt: skip
+    limits: ClassVar = score.Config.limits | dict(leak=(0, 1), offline=(0, 1), iterations=(1, 1000))
 
     def __post_init__(self):
         super().__post_init__()
         for name, accepted in (("method", METHODS), ("kl", ("exact", "k1"))):
             if (value := getattr(self, name)) not in accepted:
                 raise ValueError(f"--{name} must be one of {', '.join(accepted)}, got {value!r}")
-        if 0 < self.pool < self.batch // self.group:
-            raise ValueError(f"--pool must be 0 or at least --batch / --group, got {self.pool}")
 
 
 # --- stages: who is paid, who is held -------------------------------------------------------------
@@ -76,24 +65,11 @@ def single_turn(reward_KB, c):
 
 
 def mistaken(reward_KB, c):
-    """Return those of Stage II, but attempt 1 earns gamma times attempt 2's return, or the bonus:
-    where r1 then weighs less than 0 in it, it pays to answer wrongly first."""
-    reward1_B, reward2_B = reward_KB
-    return2_B = shaped_reward(reward1_B, reward2_B, c.alpha)
-    return1_B = reward1_B + c.gamma * return2_B + c.leak * c.alpha * (reward2_B - reward1_B)
-    return (advantage(return1_B, c.group), advantage(return2_B, c.group)), (c.beta1, c.beta1)
-
-
-def third_paid(reward_KB, c):
-    """Return those of Stage I (b) of three attempts: eq. 3 once more, attempts 1 and 2 held."""
-    nothing_B, held = torch.zeros_like(reward_KB[0]), c.beta1 + c.beta2
-    return (nothing_B, nothing_B, advantage(reward_KB[2], c.group)), (held, held, c.beta1)
-
-
-def three_paid(reward_KB, c):
-    """Return those of Stage II of three attempts: each paid for progress over the one before."""
-    later = [shaped_reward(*reward_KB[k : k + 2], c.alpha) for k in (0, 1)]
-    return [advantage(return_B, c.group) for return_B in (reward_KB[0], *later)], 3 * (c.beta1,)
+    """Return those of Stage II, but attempt 1 earns the bonus, too: r1 then weighs 1 - alpha in its
+    return, and where that is below 0, it pays to answer wrongly first."""
+    (_, advantage2_B), weight_K = stage2(reward_KB, c)
+    return1_B = reward_KB[0] + c.alpha * (reward_KB[1] - reward_KB[0])
+    return (advantage(return1_B, c.group), advantage2_B), weight_K
 
 
 # --- models that are not trained ------------------------------------------------------------------
@@ -120,31 +96,31 @@ def left_by(run: Run, name: str) -> GPT:
 # --- sampled rows ---------------------------------------------------------------------------------
 
 
-def collect(run: Run, author: GPT, K: int = 2, offline: float = 0.0):
+def collect(run: Run, author: GPT, offline: float = 0.0):
     """Return what `score.collect` does, but of a share of the problems, the first, the base writes
     attempt 1: see `offline_rollout`."""
     c, task = run.config, run.task
     drawn = task.draw(c.batch // c.group, "train", run.rng)
-    noise_KBN = torch.tensor(run.rng.random((K, c.batch, task.max_new)), device=c.device)
+    noise_2BN = torch.tensor(run.rng.random((2, c.batch, task.max_new)), device=c.device)
     prompts, n = [task.encode(problem.prompt) for problem in drawn], round(offline * len(drawn))
-    r = offline_rollout(author, run.base, task, prompts, noise_KBN, c.temperature, n)
+    r = offline_rollout(author, run.base, task, prompts, noise_2BN, c.temperature, n)
     problems = [problem for problem in drawn for _ in range(c.group)]
     return r, problems, grade(r, problems, task)
 
 
-def offline_rollout(policy: GPT, base: GPT, task: Task, prompts, noise_KBN, temperature, n: int):
-    """Return attempts in each row, as `rollout` does, but of the first n problems `base` writes
-    attempt 1 of 2: it is context there, of turn 0, so that no gradient and no KL touches it."""
-    G, parts = noise_KBN.shape[1] // len(prompts), []
+def offline_rollout(policy: GPT, base: GPT, task: Task, prompts, noise_2BN, temperature, n: int):
+    """Return two attempts in each row, as `rollout` does, but of the first n problems `base` writes
+    attempt 1: it is context there, of turn 0, so that no gradient and no KL touches it."""
+    G, parts = noise_2BN.shape[1] // len(prompts), []
     if n:
-        firsts = rollout(base, task, prompts[:n], noise_KBN[:1, : n * G], temperature).attempts[0]
+        firsts = rollout(base, task, prompts[:n], noise_2BN[:1, : n * G], temperature).attempts[0]
         rows = [prompt for prompt in prompts[:n] for _ in range(G)]
         contexts = [x + y1 + task.instruction for x, y1 in zip(rows, firsts, strict=True)]
-        r = rollout(policy, task, contexts, noise_KBN[1:, : n * G], temperature)
+        r = rollout(policy, task, contexts, noise_2BN[1:, : n * G], temperature)
         parts.append(Rollout(r.ids_BT, 2 * r.turn_BS, r.logp_BS, [firsts, *r.attempts]))
     if n < len(prompts):
-        parts.append(rollout(policy, task, prompts[n:], noise_KBN[:, n * G :], temperature))
-    return join(parts, noise_KBN.device)
+        parts.append(rollout(policy, task, prompts[n:], noise_2BN[:, n * G :], temperature))
+    return join(parts, noise_2BN.device)
 
 
 def join(parts: list[Rollout], device) -> Rollout:
@@ -176,40 +152,20 @@ def k1_terms(policy: GPT, base: GPT, r: Rollout, temperature: float):
     return logp_BS, k1_BS * (1 + logp_BS - logp_BS.detach())
 
 
-def rl_update(run: Run, r: Rollout, reward_KB, paid_and_held, base: GPT) -> dict:
-    """Take score.py's step on sampled rows, with the KL to `base` that the settings name."""
-    terms = k1_terms if run.config.kl == "k1" else token_terms
-    logp_BS, kl_BS = terms(run.policy, base, r, run.config.temperature)
-    return score.rl_update(run, r, reward_KB, logp_BS, kl_BS, paid_and_held)
+KL_TERMS = {"exact": token_terms, "k1": k1_terms}  # by the setting's values
 
 
-def rl_step(
-    run, stage, K=2, paid=None, held_to=the_base, offline=0.0, collect=collect, update=rl_update
-) -> dict:
-    """Take score.py's step with K attempts, of which the first `paid` (None: all) make the reward
-    that weights are selected by, where the policy wrote them. held_to: of a run, the model that the
-    KL is to. offline: the share of the problems whose attempt 1 the base writes."""
-    r, _, reward_KB = collect(run, run.policy, K, offline)
-    log = update(run, r, reward_KB, stage(reward_KB, run.config), held_to(run))
-    own_KB = torch.stack([(r.turn_BS == k).any(dim=1) for k in range(1, K + 1)])
-    mean_K = reward_KB.where(own_KB, torch.nan)[:paid].nanmean(dim=1).nan_to_num(0.0)
-    log |= dict(reward=sum(mean_K.tolist()))
+def rl_update(run: Run, r: Rollout, reward_KB, paid_and_held) -> dict:
+    """Take score.py's step on sampled rows, with the KL that the settings name."""
+    terms = KL_TERMS[run.config.kl](run.policy, run.base, r, run.config.temperature)
+    return score.rl_update(run, r, reward_KB, *terms, paid_and_held)
+
+
+def rl_step(run: Run, stage, offline=0.0, collect=collect, update=rl_update) -> dict:
+    """Take score.py's step. offline: the share of the problems whose attempt 1 the base writes."""
+    r, _, reward_KB = collect(run, run.policy, offline)
+    log = update(run, r, reward_KB, stage(reward_KB, run.config))
     return {key: x for key, x in log.items() if x == x}  # without own attempts no entropy
-
-
-def balanced_step(run: Run, stage, **pieces) -> dict:
-    """Take a step of Stage I with a beta2 that goes a tenth of the way to r2 / KL1 each time, in
-    bounds of a tenth and ten times its start. It is kept with the optimizer's settings.
-
-    The paper mentions a beta2 that balances attempt 1's KL with attempt 2's objective; how is ours.
-    The balance need not be stable: where KL1 falls faster than 1 / beta2, beta2 runs to its bound.
-    """
-    settings, start = run.optimizer.param_groups[0], run.config.beta2
-    beta2 = settings.get("beta2", start)
-    log = rl_step(run, lambda reward_KB, c: stage(reward_KB, replace(c, beta2=beta2)), **pieces)
-    target = min(max(log["acc_t2"] / max(log["kl1"], 1e-9), start / 10), start * 10)
-    settings["beta2"] = beta2**0.9 * target**0.1
-    return log | dict(beta2=beta2)
 
 
 # --- steps of imitation ---------------------------------------------------------------------------
@@ -250,76 +206,48 @@ def pair_examples(run: Run, r: Rollout, problems, reward_KB, plus: bool):
     return rows, (rows.turn_BS == 2) & torch.tensor(chosen, device=device)[:, None]
 
 
+# --- the base, and methods: lists of phases -------------------------------------------------------
+
+
 def base_step(run: Run, update=sft_update) -> dict:
-    """Load another run's base, or take score.py's step on fresh documents, in which a later attempt
-    may be the revision: behind copies of the draft, which are context and not learned."""
-    c, p1 = run.config, run.task.instruction
+    """Load another run's base, or take score.py's step on documents; return what is logged."""
+    c = run.config
     if c.base:
         run.policy.load_state_dict(load(Path(c.base) / "base.pt")["model"])
         return {}
-    clean = run.step < c.clean * c.sft_steps
-    prompts, (drafts, *revisions) = run.task.documents(c.sft_batch, run.rng, clean)
-    copies = [(draft + p1) * (b % (c.base_attempts - 1)) for b, draft in enumerate(drafts)]
-    seconds = [[x + ids for x, ids in zip(copies, column, strict=True)] for column in revisions]
-    r = make_rows(prompts, [drafts, *seconds], p1, c.device)
-    copied_B1 = torch.tensor([[len(ids)] for ids in copies], device=c.device)
-    second_BS = r.turn_BS == 2
-    revised_BS = second_BS & (second_BS.cumsum(dim=1) > copied_B1)
-    return update(run, r, (r.turn_BS == 1) | revised_BS, 1.0)
-
-
-# --- the base, and methods: lists of phases -------------------------------------------------------
+    r = make_rows(*run.task.documents(c.sft_batch, run.rng), run.task.instruction, c.device)
+    return update(run, r, r.turn_BS > 0, 1.0)
 
 
 def schedule(c: Config) -> list[Phase]:
     """Return the phases of a run, the base first; the last is named after the method."""
-
-    def phase(name, steps, step, **more):
-        return Phase(name, steps, partial(step, **more), c.lr, c.warmup)
-
-    def plain(reward_KB, c):
-        return paid(reward_KB, replace(c, alpha=0.0))
-
     one, two, both, last = c.stage1_steps, c.stage2_steps, c.stage1_steps + c.stage2_steps, c.method
-    step2 = partial(rl_step, offline=c.offline)
-    paid = mistaken if c.gamma or c.leak else stage2
-    first = phase("stage1", one, balanced_step if c.adaptive_beta2 else rl_step, stage=stage1)
-    plus = last.endswith("_plus") or last == "star_stage2"
-    star = dict(author=before, choose=partial(star_examples, plus=plus))
-    pair = dict(author=the_base, choose=partial(pair_examples, plus=plus))
-    phases = {
+    rl, plus = partial(rl_step, offline=c.offline), last.endswith("_plus") or last == "star_stage2"
+    paid, unpaid = (partial(rl, stage=x) for x in (mistaken if c.leak else stage2, multi_turn))
+    star = partial(imitation_step, author=before, choose=partial(star_examples, plus=plus))
+    pair = partial(imitation_step, author=the_base, choose=partial(pair_examples, plus=plus))
+    first = "stage1", one, partial(rl_step, stage=stage1)
+    parts = {
         "base": [],
-        "score": in_rounds(first, phase(last, two, step2, stage=paid), c.rounds),
-        "no_bonus": in_rounds(first, phase(last, two, step2, stage=plain), c.rounds),
-        "no_stage1": [phase(last, both, step2, stage=paid)],
-        "multi_turn": [phase(last, both, step2, stage=plain)],
-        "single_turn": [phase(last, both, rl_step, stage=single_turn, paid=1)],
-        "star": split(phase(last, both, imitation_step, **star), c.iterations),
-        "pair_sft": [phase(last, both, imitation_step, **pair)],
-        "star_stage2": [first, *split(phase(last, two, imitation_step, **star), c.iterations)],
-        "three_turn": [  # of the paper's ICLR version, appendix: Stage I in two halves
-            first._replace(steps=one // 2),
-            phase("stage1b", one - one // 2, rl_step, stage=third_paid, K=3, held_to=before),
-            phase(last, two, rl_step, stage=three_paid, K=3),
-        ],
+        "score": [first, (last, two, paid)],
+        "no_bonus": [first, (last, two, unpaid)],
+        "no_stage1": [(last, both, paid)],
+        "multi_turn": [(last, both, unpaid)],
+        "single_turn": [(last, both, partial(rl_step, stage=single_turn))],
+        "star": split((last, both, star), c.iterations),
+        "pair_sft": [(last, both, pair)],
+        "star_stage2": [first, *split((last, two, star), c.iterations)],
     }[last.removesuffix("_plus")]
     steps = 1 if c.base else c.sft_steps
-    base = Phase("base", steps, base_step, c.sft_lr, 100, decays=True)
-    return [base, *(x for x in phases if x.steps)]
+    return [Phase("base", steps, base_step, c.sft_lr, 0.0, warmup=100), *score.method(c, *parts)]
 
 
-def in_rounds(first: Phase, last: Phase, n: int) -> list[Phase]:
-    """Return both stages in turns, n parts of each."""
-    return [x for pair in zip(split(first, n), split(last, n), strict=True) for x in pair]
-
-
-def split(phase: Phase, n: int) -> list[Phase]:
-    """Return a phase in n parts, which share out its steps; the last has its name, the first its
-    warm-up."""
-    ends = [phase.steps * i // n for i in range(n + 1)]
-    parts = [phase._replace(name=f"{phase.name}-{i + 1}", steps=ends[i + 1] - ends[i],
-                            warmup=0 if i else phase.warmup) for i in range(n)]  # fmt: skip
-    return [*parts[:-1], parts[-1]._replace(name=phase.name)]
+def split(part: tuple, n: int) -> list[tuple]:
+    """Return a part of a method in n, which share out its steps; the last has its name."""
+    name, steps, step = part
+    ends = [steps * i // n for i in range(n + 1)]
+    names = [f"{name}-{i}" for i in range(1, n)] + [name]
+    return [(x, ends[i + 1] - ends[i], step) for i, x in enumerate(names)]
 
 
 def new_run(c: Config, folder: Path) -> Run:
@@ -327,20 +255,11 @@ def new_run(c: Config, folder: Path) -> Run:
     given another base than this one would train."""
     if c.base and not folder.exists():  # later it needs the other run no more
         theirs = json.loads((Path(c.base) / "config.json").read_text()).get("config", {})
-        theirs, ours = dict(base_attempts=2) | theirs, asdict(c)
-        names = [*list(ours)[: list(ours).index("stage1_steps")], "base_attempts"]
-        if other := [name for name in names if theirs.get(name) != ours[name]]:
+        names = [f.name for f in fields(score.Config)]
+        names = {*names[: names.index("stage1_steps")]} - {"control", "eval_n"}
+        if other := sorted(x for x in names if theirs.get(x) != getattr(c, x)):
             raise ValueError(f"--base {c.base} has other settings: {', '.join(other)}")
         load(Path(c.base) / "base.pt")
     run = score.new_run(c, folder)
     run.phases = schedule(c)
-    if c.pool:
-        draw, pool = run.task.draw, run.task.draw(c.pool, "train", np.random.default_rng(c.seed))
-
-        def draw_from_pool(n, split, rng):
-            if split != "train":
-                return draw(n, split, rng)
-            return [pool[i] for i in rng.choice(c.pool, n, replace=False)]
-
-        run.task = run.task._replace(draw=draw_from_pool)
     return run

@@ -44,12 +44,7 @@ VARIANTS = {
     "alpha3": Variant("α = 3", "more", (), dict(alpha=3.0)),
     "alpha30": Variant("α = 30", "more", (), dict(alpha=30.0)),
     "leak": Variant("bonus on both turns", "more", (), dict(leak=1)),
-    "gamma": Variant("γ = 0.8", "more", (), dict(gamma=0.8)),
-    "gamma_multi_turn": Variant(
-        "multi-turn RL, α = 1, γ = 0.8", "more", (), dict(method="no_stage1", alpha=1.0, gamma=0.8)
-    ),
     "kl_k1": Variant("KL from samples (k1)", "more", (), dict(kl="k1")),
-    "three_turn": Variant("three attempts", "more"),
 }
 TITLES = {name: variant.title for name, variant in VARIANTS.items()}
 TITLES["stage1"] = "SCoRe's Stage I alone"
@@ -100,7 +95,7 @@ def grouped(runs: list[dict]) -> dict[str, list[dict]]:
     these are SCoRe's as they stood then."""
     found = {}
     for run in sorted(runs, key=lambda run: run["seed"]):
-        found.setdefault(run.get("name") or run["method"], []).append(run)
+        found.setdefault(run["name"], []).append(run)
     for name in ("base", "stage1"):
         there = [run for run in found.get("score", []) if name in run["phases"]]
         if there:
@@ -162,32 +157,6 @@ def compared(group: dict, names: list[str], sampled: bool = False) -> str:
     return markdown(METRICS + more, rows)
 
 
-def repairs(group: dict) -> str:
-    """Return a table of what becomes of wrong and of right first attempts: of the base's, which are
-    the same for all, of a method's own, and where a fresh draw takes a second attempt's place."""
-    rows = []
-    for name in [name for name in names_of("main") if name in group]:
-        fixed, fresh = ([x[key] for x in group[name]] for key in ("repairs_of_base", "resampled"))
-        found = [(points(fixed, key), values(group[name], key, sampled=True), points(fresh, key))
-                 for key in ("repair_rate", "spoil_rate")]  # fmt: skip
-        rows.append([TITLES[name], *(cell(x) for three in found for x in three)])
-    return markdown("| sampled | repaired: the base's | its own | by a fresh draw | spoiled: the "
-                    "base's | its own | by a fresh draw |", rows)  # fmt: skip
-
-
-def three_attempts(group: dict) -> str:
-    """Return the table of the schedule with three attempts, beside the paper's Gemma 2 2B."""
-    rows = []
-    for phase, title, paper in (
-        ("base", "base", "16.8 / 16.8 / 17.0"), ("stage1", "Stage I (a)", "17.6 / 20.0 / 19.8"),
-        ("stage1b", "Stage I (b)", "16.6 / 18.4 / 23.2"),
-        ("three_turn", "Stage II", "23.0 / 24.0 / 24.0"),
-    ):  # fmt: skip
-        found = [run["three"][phase] for run in group["three_turn"]]
-        rows.append([title, *(cell(points(found, turn)) for turn in range(3)), paper])
-    return markdown("| | Acc@t1 | Acc@t2 | Acc@t3 | paper (MATH): t1 / t2 / t3 |", rows)
-
-
 def by_seed(group: dict) -> str:
     """Return both accuracies and the delta of each seed, greedy; of SCoRe's delta its interval."""
     rows = []
@@ -228,10 +197,6 @@ def sections(runs: list[dict]) -> dict[str, str]:
         found["Ablations, greedy"] = compared(group, ["score", *ablations, "single_turn"])
     if group.keys() & more:
         found["Further variants, greedy"] = compared(group, ["score", *more, "no_bonus"])
-    if "resampled" in group["score"][0]:
-        found["Repairs"] = repairs(group)
-    if "three_turn" in group:
-        found["Three attempts, greedy"] = three_attempts(group)
     if "multi_turn" in group:
         found["Seed by seed, greedy"] = by_seed(group)
     return found

@@ -65,7 +65,7 @@ def test_metrics_are_counts_over_all_problems(n):
 
 
 def answered(monkeypatch, *attempts, at_once=2, cut=(), temperature=0.3):
-    """Return the evaluation of so many problems `1+1=` that were answered so, and the noise. The
+    """Return the evaluation of so many problems `1 1 =2` that were answered so, and the noise. The
     last problem's gold answer cannot be read."""
     n, seen = len(attempts[0]), []
 
@@ -73,14 +73,14 @@ def answered(monkeypatch, *attempts, at_once=2, cut=(), temperature=0.3):
         at = sum(x.shape[1] for x, _ in seen)
         seen.append((noise_KBN, temperature))
         r = said(*(column[at : at + len(prompts)] for column in attempts))
-        assert prompts == [TOY.encode("1+1=")] * len(prompts)
+        assert prompts == [TOY.encode("1 1 =2")] * len(prompts)
         for turn, b in cut:
             if 0 <= b - at < len(prompts):
                 r.attempts[turn - 1][b - at].pop()
         return r
 
     monkeypatch.setattr(evaluation, "rollout", given)
-    problems = [verify.Problem("1+1=", "2")] * (n - 1) + [verify.Problem("1+1=", "two")]
+    problems = [verify.Problem("1 1 =2", "+1+1")] * (n - 1) + [verify.Problem("1 1 =2", "two")]
     model = SimpleNamespace(cos=torch.zeros(1))
     m = evaluation.evaluate(model, TOY, problems, temperature, at_once)
     assert {temperature for _, temperature in seen} == {0.3}
@@ -90,7 +90,9 @@ def answered(monkeypatch, *attempts, at_once=2, cut=(), temperature=0.3):
 def test_behaviour_is_measured_on_what_was_said(monkeypatch):
     """By hand: kept, repaired, spoiled, changed in vain, copied wrong, cut at its first attempt and
     so not right, and one without a verdict, which is counted and left out of what is right."""
-    firsts, seconds = ["2", "3", "02", "4", "5", "2", "2"], ["2", "2", "9", "77", "5", "2", "3"]
+    right, wrong = "+1+1", "+1-1"
+    firsts = [right, wrong, right, "+4", wrong, right, right]
+    seconds = [right, right, "-1-1", "+3+3", wrong, right, "+3"]
     m, noise = answered(monkeypatch, firsts, seconds, cut=[(1, 5), (2, 3), (2, 4)])
     assert (m["n"], m["unjudged"]) == (6, 1)
     for name, k in dict(acc_t1=2, acc_t2=3, delta_i_to_c=2, delta_c_to_i=1, delta=1).items():
@@ -100,7 +102,7 @@ def test_behaviour_is_measured_on_what_was_said(monkeypatch):
     assert m["changed_if_wrong"] == pytest.approx(2 / 4)
     assert (m["truncated_t1"], m["truncated_t2"]) == (pytest.approx(1 / 7), pytest.approx(2 / 7))
     problem, pair, rewards = m["rows"][2]
-    assert (problem.gold, pair, rewards) == ("2", ("02", "9"), [1.0, 0.0])
+    assert (problem.gold, pair, rewards) == (right, (right, "-1-1"), [1.0, 0.0])
     again, whole = answered(monkeypatch, firsts, seconds, at_once=99)
     assert torch.equal(noise, whole) and noise.dtype == torch.float64
     assert noise.shape == (2, 7, TOY.max_new) and 0 <= noise.min() < noise.max() < 1
@@ -108,17 +110,19 @@ def test_behaviour_is_measured_on_what_was_said(monkeypatch):
 
 
 def test_where_no_first_attempt_is_wrong_there_is_no_share_of_changed_ones(monkeypatch):
-    m, _ = answered(monkeypatch, ["2", "2"], ["3", "2"])
+    m, _ = answered(monkeypatch, ["+1+1", "+1+1"], ["+2", "+1+1"])
     assert m["changed_if_wrong"] is None and m["changed"] == 0.5 and m["repair_rate"] is None
     with pytest.raises(ValueError, match="nothing to measure"):
-        answered(monkeypatch, ["2"], ["2"])
+        answered(monkeypatch, ["+1+1"], ["+1+1"])
 
 
-def phases(changed, cut=0.0, n=2000):
-    about = {"truncated_t1": cut, "n": n}
+def phases(changed, cut=0.0, n=2000, repairs=None):
+    about, base, none = {"truncated_t1": cut, "n": n}, {}, {"repair_rate": None, "spoil_rate": 0.5}
+    for name, rate in (("repair", repairs), ("spoil", 0.25)):
+        base |= {f"{name}_rate": rate, f"{name}_rate_interval": [0.125, 0.375]}
     return {
-        "base": about | {"changed_if_wrong": 0.5},
-        "score": about | {"changed_if_wrong": changed},
+        "base": about | {"changed_if_wrong": 0.5, "sampled": base},
+        "score": about | {"changed_if_wrong": changed, "sampled": none},
     }
 
 
@@ -128,7 +132,9 @@ def phases(changed, cut=0.0, n=2000):
         (phases(0.5), []), (phases(0.049), ["Collapsed: .* only 4.9% "]), (phases(0.05), []),
         (phases(0.0, cut=0.11), ["11% of the first attempts were cut", "Collapsed"]),
         (phases(None, cut=0.1), []), (phases(0.0, n=49), ["49 problems are too few"]),
-        ({"base": phases(0.0)["score"]}, []),
+        ({"base": phases(0.0)["score"]}, []), ({"score": phases(0.5)["score"]}, []),
+        (phases(0.5, repairs=0.2), [r"Sampled, .* 20.0% \[12.5%, 37.5%\] .* spoils 25.0% "]),
+        ({"single_turn": phases(0.5, repairs=0.2)["base"]}, ["Sampled, the base repairs 20.0%"]),
     ],
 )  # fmt: skip
 def test_a_run_that_is_not_worth_reading_is_said_to_be_so(given, words):
@@ -164,13 +170,12 @@ def test_a_report_is_of_greedy_and_sampled_answers_and_comes_again(trained, tmp_
     text = (folder / "report.json").read_text()
     report = json.loads(text)
     assert (report["seed"], report["split"], report["n"]) == (0, "test", 40)
-    assert list(report["phases"]) == ["base", "stage1", "score"]
+    assert list(report["phases"]) == ["base", "multi_turn", "stage1", "score"]
     run = score.open_run(folder)
     problems = run.task.draw(40, "test", np.random.default_rng(0))
-    for (name, m), steps in zip(report["phases"].items(), (4, 3, 3), strict=True):
+    for name, m in report["phases"].items():
         run.policy.load_state_dict(score.load(folder / f"{name}.pt")["model"])
         sampled = m.pop("sampled")
-        assert m.pop("step") == steps
         for found, temperature, same in ((m, 0.0, True), (sampled, 0.7, True), (m, 0.7, False)):
             expected = evaluation.evaluate(run.policy, run.task, problems, temperature, 12)
             del expected["rows"]
@@ -188,9 +193,8 @@ def test_a_report_is_of_greedy_and_sampled_answers_and_comes_again(trained, tmp_
     for split, n in (("dev", 20), ("dev", 40), ("test", 39)):
         other = json.loads((folder / f"report-{split}-{n}.json").read_text())
         assert (other["split"], other["n"]) == (split, n)
-        for x in other["examples"]:
-            a, b = x["prompt"].removesuffix("=").split("+")
-            assert verify.split_of(np.array([int(a)]), np.array([int(b)])) == [split]
+        asked = {x.prompt for x in run.task.draw(n, split, np.random.default_rng(0))}
+        assert other["examples"] and {x["prompt"] for x in other["examples"]} <= asked
     assert not list(folder.glob("*.part"))
 
 
@@ -209,22 +213,55 @@ def test_the_table_has_the_metrics_in_per_cent_with_their_intervals():
         assert (found[0] in "+-") == (key == "delta")
 
 
-def test_examples_are_the_first_of_each_kind():
-    rewards = [(0.0, 0.0), (1.0, 1.0), (torch.nan, 1.0), (0.0, 1.0), (0.0, 1.0), (1.0, 0.0)]
-    rows = [(verify.Problem(f"{i}+0=", str(i)), (f"{i}", f"{i}{i}"), pair)
-            for i, pair in enumerate(rewards)]  # fmt: skip
-    assert [tuple(x.values()) for x in evaluation.examples(rows)] == [
-        ("failed", "0+0=", "0", "0", "00"), ("kept", "1+0=", "1", "1", "11"),
-        ("unjudged", "2+0=", "2", "2", "22"), ("repaired", "3+0=", "3", "3", "33"),
-        ("spoiled", "5+0=", "5", "5", "55"),
-    ]  # fmt: skip
+def rows(*rewards, copies=False):
+    """Return what was said to the problems `i`: attempts `ai` and `bi`, or copies."""
+    problems = [verify.Problem(f"{i}", f"+{i}") for i in range(len(rewards))]
+    return [(problem, (f"a{i}", f"a{i}" if copies else f"b{i}"), pair)
+            for i, (problem, pair) in enumerate(zip(problems, rewards, strict=True))]  # fmt: skip
+
+
+def kinds(**said):
+    found = []
+    for x in evaluation.examples(said):
+        i = x["prompt"]
+        assert (x["gold"], x["attempt1"]) == (f"+{i}", f"a{i}") and x["attempt2"][1:] == i
+        found.append((x["kind"], x["phase"], int(i), x["attempt2"][0]))
+    return found
+
+
+FAILED, FIXED, LOST, KEPT = (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)
+
+
+def test_examples_are_the_first_of_each_kind_in_the_last_phase():
+    last = rows(FAILED, KEPT, (torch.nan, 1.0), FIXED, FIXED, LOST)
+    assert kinds(base=rows(*[LOST] * 6), score=last) == [
+        (kind, "score", i, "b")
+        for kind, i in dict(failed=0, kept=1, unjudged=2, repaired=3, spoiled=5).items()
+    ]
+
+
+def test_the_first_example_is_a_mistake_that_the_control_copied_and_score_repaired():
+    """Not one that the control changed in vain, repaired or did not make; if there is none, and
+    where there is no other phase than the control, examples are as ever."""
+    control = rows(FIXED, LOST, FAILED, FAILED, FAILED, copies=True)
+    control[2] = control[2][0], ("a2", "b2"), FAILED
+    found = kinds(multi_turn=control, score=rows(FIXED, FIXED, FIXED, FAILED, FIXED))
+    pair = [("copied", "multi_turn", 4, "a"), ("repaired", "score", 4, "b")]
+    assert found == [*pair, ("failed", "score", 3, "b")]
+    none = kinds(multi_turn=control, score=rows(FIXED, FIXED, FIXED, FAILED, FAILED))
+    assert none == [("repaired", "score", 0, "b"), ("failed", "score", 3, "b")]
+    assert [x[:3] for x in kinds(multi_turn=control)] == [
+        (kind, "multi_turn", i) for kind, i in dict(repaired=0, spoiled=1, failed=2).items()
+    ]
 
 
 def test_what_a_model_says_cannot_drive_the_terminal(capsys):
-    said = dict(kind="failed", prompt="2+2=", gold="4", attempt1="\x1b[2J5", attempt2="6" * 9000)
+    said = dict(kind="failed", phase="stage1", prompt="2 2 =4", gold="+2+2")
+    said |= dict(attempt1="\x1b[2J5", attempt2="6" * 9000)
     notes = dict(examples=[said], diagnosis=["Collapsed: so much."])
     evaluation.show(dict(n=1, split="test", seed=0, phases={}) | notes)
     shown = capsys.readouterr().out
+    assert "failed  2 2 =4   gold +2+2   (Stage I)" in shown
     assert "?[2J5" in shown and "\x1b" not in shown and len(shown) < 1500
     assert "DIAGNOSIS  Collapsed: so much." in shown
 
@@ -240,7 +277,7 @@ def test_an_unfinished_run_is_evaluated_as_far_as_it_has_come(tmp_path, capsys):
         score.drive(run)
     assert evaluation.main([str(folder)]) == 0
     report = json.loads((folder / "report.json").read_text())
-    assert list(report["phases"]) == ["base", "stage1"] and report["n"] == 10
+    assert list(report["phases"]) == ["base", "multi_turn", "stage1"] and report["n"] == 10
 
 
 @pytest.mark.parametrize(

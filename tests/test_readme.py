@@ -47,9 +47,9 @@ def found(path):
 
 
 def seeds() -> str:
-    """Return README's table: means over seeds of the first command and of its control."""
-    group = tables.grouped(found("study/results/seeds.json"))
-    means = tables.means(group, ["base", "stage1", "score", "multi_turn"])
+    """Return README's table: means over seeds of what the first command trains."""
+    group = tables.grouped(found("study/results/study.json"))
+    means = tables.means(group, ["base", "multi_turn", "stage1", "score"])
     return tables.markdown(tables.METRICS, means)
 
 

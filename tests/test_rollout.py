@@ -182,52 +182,96 @@ def test_log_probabilities_and_divergences_are_those_of_loops_over_the_vocabular
 
 # --- texts and rewards ----------------------------------------------------------------------------
 
-TOY = rollout.addition(SimpleNamespace(
-    size=2, slip=0.4, slip_hard=0.8, right_revisions=0.0, copies=1.0))  # fmt: skip
+SHARES = dict(size=4, slip=0.0, slip_hard=0.8, right_revisions=0.0, careless=0.0, checks=0.25)
+TOY = rollout.signs(SimpleNamespace(**SHARES))
+END_ID, REVISE, CHECK = range(12 * verify.LARGEST + 1, 12 * verify.LARGEST + 4)
 
 
 def said(*attempts, end=True):
-    """Return a rollout in which `1+1=` was answered so, by turn and row."""
+    """Return a rollout in which `1 1 =2` was answered so, by turn and row."""
     attempts = [[[*TOY.encode(x), *[TOY.end_id] * end] for x in column] for column in attempts]
-    return rollout.make_rows([TOY.encode("1+1=")] * len(attempts[0]), attempts, [13], "cpu")
+    n = len(attempts[0])
+    return rollout.make_rows([TOY.encode("1 1 =2")] * n, attempts, TOY.instruction, "cpu")
 
 
-def test_the_toys_tokens_are_its_characters():
+def test_the_toys_tokens_are_its_numbers_signed_numbers_and_targets():
     encoding = rollout.toy_encoding()
     assert isinstance(encoding, tiktoken.Encoding)
-    assert TOY.encode("0123456789+=") == list(range(12))
-    assert (TOY.end_id, TOY.instruction, TOY.vocab_size) == (12, [13], 14)
-    assert encoding.decode([1, 12, 13]) == "1<|end|><|revise|>"
-    assert TOY.decode([0, 4, 2]) == "042"
-    assert TOY.max_new == len("199") + 1
+    numbers = range(1, verify.LARGEST + 1)
+    words = [*(f"+{x}" for x in numbers), *(f"-{x}" for x in numbers), *(f"{x} " for x in numbers)]
+    words += [f"={target}" for target in range(9 * verify.LARGEST + 1)]
+    assert [TOY.encode(word) for word in words] == [[i] for i in range(len(words))]
+    assert TOY.encode("3 2 =1+3-2") == sum(
+        (TOY.encode(x) for x in ("3 ", "2 ", "=1", "+3", "-2")), []
+    )
+    assert (TOY.end_id, TOY.instruction, TOY.vocab_size) == (END_ID, [REVISE], CHECK + 1)
+    assert encoding.decode([0, END_ID, REVISE, CHECK]) == "+1<|end|><|revise|><|check|>"
+    assert TOY.decode([3, verify.LARGEST + 1]) == "+4-2" and TOY.max_new == len("1234") + 1
+    assert TOY.encode("<|end|>") == []  # no text has a special token
 
 
-def test_the_bases_documents_are_drafts_and_revisions_in_tokens():
-    """Of the shares that the settings name, here all copies; or of right revisions alone."""
-    for clean in (False, True):
-        prompts, attempts = TOY.documents(80, np.random.default_rng(0), clean)
-        assert len(prompts) == 80 and [len(column) for column in attempts] == [80, 80]
-        for prompt, draft, revision in zip(prompts, *attempts, strict=True):
-            a, b = TOY.decode(prompt).removesuffix("=").split("+")
-            right = [*TOY.encode(f"{int(a) + int(b):03d}"), 12]
-            assert len(a) == len(b) == 2 and revision == (right if clean else draft)
-            assert len(draft) == 4 and draft[-1] == 12
+@pytest.mark.parametrize("M", [4, 9])
+def test_the_largest_problem_and_two_attempts_fit(M):
+    toy = rollout.signs(SimpleNamespace(**SHARES | dict(size=M)))
+    most = verify.LARGEST
+    prompt = toy.encode(f"{most} " * M + f"={most * M}")
+    assert len(prompt) == M + 1 and len(toy.encode(f"+{most}" * M)) == M == toy.max_new - 1
+    assert toy.max_positions >= len(prompt) + 2 * toy.max_new + len(toy.instruction)
+    problem = toy.draw(1, "dev", np.random.default_rng(0))[0]
+    assert len(toy.encode(problem.prompt)) == M + 1 and len(toy.encode(problem.gold)) == M
+
+
+@pytest.mark.parametrize("size", [3, 10])
+def test_a_size_that_no_problem_has_is_refused(size):
+    with pytest.raises(ValueError, match=f"--size must be 4 to 9 .*, got {size}"):
+        rollout.signs(SimpleNamespace(**SHARES | dict(size=size)))
+
+
+@pytest.mark.parametrize(("checks", "rights"), [(0.0, 0.0), (0.25, 0.0), (0.25, 1.0), (1.0, 0.0)])
+def test_the_bases_documents_are_drafts_and_revisions_in_tokens(checks, rights):
+    """Asked to check, a revision is right; asked to revise, of the shares that the settings name:
+    here a copy, or right. Drafts slip where it is hard alone: never where numbers fall."""
+    toy = rollout.signs(SimpleNamespace(**SHARES | dict(checks=checks, right_revisions=rights)))
+    prompts, attempts = toy.documents(80, np.random.default_rng(0))
+    assert [len(x) for x in (prompts, *attempts)] == [80] * 3
+    seen = []
+    for prompt, draft, revision in zip(prompts, *attempts, strict=True):
+        if asked := prompt[-1] == CHECK:
+            assert revision == []
+            prompt, draft, revision = prompt[:5], prompt[5:-1], draft
+        *numbers, target = toy.decode(prompt).split(" ")
+        assert len(numbers) == 4 and len(draft) == len(revision) == 5
+        assert draft[-1] == revision[-1] == END_ID
+        first, second = (toy.decode(x[:-1]) for x in (draft, revision))
+        assert first[1::2] == second[1::2] == "".join(numbers)
+        sums = [sum(verify.signed(text)) == int(target[1:]) for text in (first, second)]
+        assert sums[0] or numbers != sorted(numbers, reverse=True)
+        assert sums[1] if asked or rights else first == second
+        seen.append((asked, *sums))
+    assert sum(asked for asked, *_ in seen) == 80 * checks
+    assert {False, True} == {right for _, right, _ in seen}
+
+
+def test_an_empty_second_attempt_has_no_instruction():
+    r = rollout.make_rows([[1], [2, 3]], [[[4], [5]], [[6], []]], [8, 9], "cpu")
+    assert r.ids_BT.tolist() == [[1, 4, 8, 9, 6], [2, 3, 5, 0, 0]]
+    assert r.turn_BS.tolist() == [[1, 0, 0, 2], [0, 1, 0, 0]]
 
 
 def test_truncated_attempts_are_not_paid_and_those_without_a_verdict_are_not_a_number():
-    """Attempts that are cut after digits that are right: "02", no end. The last problem's gold
-    answer cannot be read."""
-    problems = [verify.Problem("1+1=", "2")] * 3 + [verify.Problem("1+1=", "two")]
+    """Attempts that are cut after signed numbers that are right. The last problem's gold answer
+    cannot be read."""
+    problems = [verify.Problem("1 1 =2", "+1+1")] * 3 + [verify.Problem("1 1 =2", "two")]
     for end in (True, False):
-        r = said(["02", "0", "2", "2"], ["3", "2", "7", "5"], end=end)
-        assert rollout.texts(r, 1, TOY)[:3] == ["02", "0", "2"]
+        r = said(["+1+1", "+1", "+1+1", "+1+1"], ["+1-1", "+1+1", "+2", "-1-1"], end=end)
+        assert rollout.texts(r, 1, TOY)[:3] == ["+1+1", "+1", "+1+1"]
         found = rollout.grade(r, problems, TOY)
         assert found.dtype == torch.float32 and found[:, 3].isnan().all()
         assert found[:, :3].tolist() == ([[1, 0, 1], [0, 1, 0]] if end else [[0] * 3] * 2)
 
 
 def test_what_is_logged_is_counted_on_the_rows():
-    r = said(["02", "0", "2", "44"], ["3", "2", "2", "44"])
+    r = said(["+1+1", "+1", "+2", "+4-4"], ["+3", "+2", "+2", "+4-4"])
     r.attempts[0][0] = r.attempts[0][0][:-1]  # cut
     r.logp_BS = torch.where(r.turn_BS == 1, -0.25, -0.5)  # also where nothing was written
     reward = torch.tensor([[1.0, 0, 1, torch.nan], [0, 1, 1, 0]])
@@ -238,5 +282,5 @@ def test_what_is_logged_is_counted_on_the_rows():
 
 @pytest.mark.parametrize("name", ["magic", "", "../score", "answers.py", "answers", "a b", "os"])
 def test_a_task_that_is_no_module_of_tasks_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=f"--task must be addition or .*, got '{name}'"):
+    with pytest.raises(ValueError, match=f"--task must be signs or .*, got '{name}'"):
         rollout.find_task(name)

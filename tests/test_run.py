@@ -18,7 +18,7 @@ from tests.test_score import TINY
 from tests.truth import ROOT
 
 CONFIG = replace(TINY, sft_steps=5, stage1_steps=3, stage2_steps=7)
-STEPS, FILES = 15, ("base", "stage1", "score")
+STEPS, FILES = 25, ("base", "multi_turn", "stage1", "score")
 
 
 def options(**settings):
@@ -28,7 +28,7 @@ def options(**settings):
 
 # --- the real commands ----------------------------------------------------------------------------
 
-LONGER = options(**asdict(replace(CONFIG, sft_steps=40, stage1_steps=120, stage2_steps=20)))
+LONGER = options(**asdict(replace(CONFIG, sft_steps=40, stage1_steps=80, stage2_steps=20)))
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -135,8 +135,8 @@ def test_a_run_stopped_again_and_again_is_bit_for_bit_the_same(
 
 def test_the_log_has_a_line_a_step_and_no_clock(uninterrupted):
     rows = [json.loads(line) for line in uninterrupted["log"].splitlines()]
-    steps = [("base", i) for i in range(1, 6)] + [("stage1", i) for i in range(1, 4)]
-    assert [(x["phase"], x["step"]) for x in rows] == steps + [("score", i) for i in range(1, 8)]
+    steps = [(x, i + 1) for x, n in zip(FILES, (5, 10, 3, 7), strict=True) for i in range(n)]
+    assert [(x["phase"], x["step"]) for x in rows] == steps
     assert all(set(x) == {"phase", "step", "loss", "grad_norm"} for x in rows[:5])
     assert all(abs(x["acc_t1"] * 12 - round(x["acc_t1"] * 12)) < 1e-5 for x in rows[5:])
 
@@ -171,11 +171,11 @@ def refused(capsys, argv, *words):
 
 
 IMPOSSIBLE = dict(
-    task=["magic", "../score", ""], size=["0", "10", "101"], seed=["-1", "1000000001"],
-    device=["gpu", "cuda:0"], n_layer=["0", "201"], d_model=["7", "9000"],
+    task=["magic", "../score", ""], size=["3", "10", "101"], seed=["-1", "1000000001"],
+    control=["-1", "2"], device=["gpu", "cuda:0"], n_layer=["0", "201"], d_model=["7", "9000"],
     d_ff=["0", "40000"], sft_steps=["-1", "0"], sft_batch=["0", "2000000"], sft_lr=["-1", "1.1"],
-    slip=["-0.1", "1.1"], slip_hard=["-0.1", "1.1"], clean=["-0.1", "1.1"],
-    right_revisions=["-0.1", "1.1"], copies=["-0.1", "1.1"], stage1_steps=["-1"],
+    slip=["-0.1", "1.1"], slip_hard=["-0.1", "1.1"], checks=["-0.1", "1.1"],
+    right_revisions=["-0.1", "1.1"], careless=["-0.1", "1.1"], stage1_steps=["-1"],
     stage2_steps=["-1"], batch=["0", "2", "13"], group=["1", "0", "5", "2000000"],
     lr=["-1", "1.1"], warmup=["-1"], temperature=["0", "0.001", "101"], alpha=["-1", "1000000001"],
     beta1=["-1"], beta2=["-1"], eval_n=["0", "2000000"],
@@ -207,7 +207,8 @@ def test_an_impossible_value_is_one_line_that_names_the_setting(
         (["--resume=x", "--run=y"], ["--resume", "no other option"]),
         (["--run", "taken"], ["taken exists", "--resume"]), (["--run", "file/run"], ["file/run"]),
         (["--run", "file"], ["file exists"]), (["--d-model", "18"], ["d_model 18"]),
-        (["--copies", "0.9"], ["--right-revisions plus --copies must be", "1.08"]),
+        (["--careless", "1"], ["--right-revisions plus --careless must be", "1.01"]),
+        (["--resume=x", "--no-control"], ["--resume", "no other option"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_one_line_and_changes_nothing(
@@ -274,6 +275,8 @@ def test_every_setting_is_an_option_and_a_new_run_is_named_after_those_given():
     assert str(score.parse([], score.Config)[0]) == "runs/score-seed0"
     assert str(score.parse(["--run", "x/y", "--size", "2"], score.Config)[0]) == "x/y"
     assert score.parse(["--resume", "x"], score.Config)[1] is None
+    folder, config = score.parse(["--no-control"], score.Config)
+    assert str(folder) == "runs/score-control0-seed0" and config == score.Config(control=0)
 
 
 def test_help_is_short_and_names_every_setting_with_its_default_and_meaning(capsys):
@@ -286,4 +289,4 @@ def test_help_is_short_and_names_every_setting_with_its_default_and_meaning(caps
         default, *meaning = about[f"--{f.name.replace('_', '-')}"]
         assert f.type(default.replace("_", "")) == f.default or default.strip('"') == f.default
         assert meaning
-    assert {"--run", "--resume"} <= set(about)
+    assert {"--run", "--resume", "--no-control"} <= set(about)

@@ -16,9 +16,10 @@ import score
 import verify
 from rollout import rollout
 from tests import truth
+from tests.test_rollout import CHECK, REVISE
 
 TINY = score.Config(
-    size=1, n_layer=1, d_model=8, d_ff=8, sft_steps=4, sft_batch=8, stage1_steps=3, stage2_steps=3,
+    size=4, n_layer=1, d_model=8, d_ff=8, sft_steps=4, sft_batch=8, stage1_steps=3, stage2_steps=3,
     batch=12, group=3, warmup=1, temperature=0.7, alpha=4.0, beta1=0.3, beta2=0.8, eval_n=10,
 )  # fmt: skip
 REWARDS = [[1.0, 0, 0, 1, 1, 0, 0, 0, 0, 1, 0, 1], [1.0, 1, 0, 0, 1, 0, 1, 0, 0, 1, 1, 0]]
@@ -85,11 +86,12 @@ def by_rows(run, seen, stage, rewards):
     c, r, loss, kls = run.config, seen["r"], 0.0, [[], []]
     policy = copy.deepcopy(run.policy)
     policy.zero_grad()
-    bonus = [y + 4.0 * (y - x) for x, y in zip(*rewards, strict=True)]
+    alpha = 0.0 if stage == "multi_turn" else 4.0
+    bonus = [y + alpha * (y - x) for x, y in zip(*rewards, strict=True)]
     held = [0.3 + 0.8, 0.3] if stage == "stage1" else [0.3, 0.3]
     for b in range(12):
         first, second = (r.attempts[k][b] for k in (0, 1))
-        row = [*seen["prompts"][b // 3], *first, 13, *second]
+        row = [*seen["prompts"][b // 3], *first, REVISE, *second]
         p, q = (torch.log_softmax(m(torch.tensor([row]))[0] / c.temperature, -1)
                 for m in (policy, run.base))  # fmt: skip
         for k, attempt in enumerate((first, second)):
@@ -97,7 +99,7 @@ def by_rows(run, seen, stage, rewards):
             pay = values[k][b] - others(values[k], b)
             pay = 0.0 if math.isnan(pay) else pay
             start = len(row) - len(second) if k else len(row) - len(second) - 1 - len(first)
-            kl = [sum(math.e ** p[s, v] * (p[s, v] - q[s, v]) for v in range(14))
+            kl = [sum(math.e ** p[s, v] * (p[s, v] - q[s, v]) for v in range(CHECK + 1))
                   for s in range(start - 1, start - 1 + len(attempt))]  # fmt: skip
             kls[k].append(sum(x.item() for x in kl))
             for i, token in enumerate(attempt):
@@ -108,7 +110,7 @@ def by_rows(run, seen, stage, rewards):
 
 
 @pytest.mark.parametrize("unjudged", [None, 0, 1])
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "multi_turn"])
 def test_a_whole_step_takes_the_gradient_of_its_definition(monkeypatch, tmp_path, stage, unjudged):
     """Also where an attempt has no verdict: its problem's rows are not paid for what would need it,
     and are held to the base as all others."""
@@ -123,19 +125,21 @@ def test_a_whole_step_takes_the_gradient_of_its_definition(monkeypatch, tmp_path
     assert all(weight.grad is None for weight in run.base.parameters())
     assert log["kl1"] == pytest.approx(np.mean(kls[0]))
     assert log["kl2"] == pytest.approx(np.mean(kls[1]))
-    assert log["reward"] == pytest.approx(np.nanmean(rewards[0]) + np.nanmean(rewards[1]))
+    for key, rights in zip(("acc_t1", "acc_t2"), rewards, strict=True):
+        assert log[key] == pytest.approx(np.nanmean(rights))
     assert log["gap"] < 1e-12 and log["grad_norm"] == 0.125 and log["changed"] > 0
     assert seen["model"] is run.policy and seen["temperature"] == 0.7
 
 
 def test_rows_of_a_group_are_one_training_problem_side_by_side(monkeypatch, tmp_path):
+    monkeypatch.setattr(verify, "LARGEST", 4)
     run, seen = prepared(monkeypatch, tmp_path, REWARDS)
     score.rl_step(run, stage=score.stage1)
     assert [x.prompt for x in seen["problems"][::3]] == list(map(run.task.decode, seen["prompts"]))
+    every = verify.problems(890, "train", np.random.default_rng(0), M=4)
     for b, problem in enumerate(seen["problems"]):
         assert problem == seen["problems"][b // 3 * 3]
-        a, c = problem.prompt.removesuffix("=").split("+")
-        assert verify.split_of(np.array([int(a)]), np.array([int(c)]))[0] == "train"
+        assert problem in every
     assert len(set(seen["problems"])) == 4
 
 
@@ -186,19 +190,18 @@ def test_a_supervised_step_is_the_mean_over_all_tokens_of_both_attempts(monkeypa
     run, _ = prepared(monkeypatch, tmp_path, REWARDS)
     prompts = [[1, 10, 2, 11], [3, 11], [0, 10, 11]]
     attempts = [[[3, 12], [0, 0, 4, 12], [12]], [[5, 6, 12], [7, 12], [8, 1, 2, 12]]]
-    asked = []
+    p1, asked = run.task.instruction, []
 
     def documents(*given):
         asked.append(given)
         return prompts, attempts
 
     run.task = run.task._replace(documents=documents)
-    run.config, run.step = replace(TINY, clean=0.5, sft_steps=8), 3
     log, losses = score.sft_step(run), []
     policy = copy.deepcopy(run.policy)
     policy.zero_grad()
     for prompt, first, second in zip(prompts, *attempts, strict=True):
-        for context, attempt in ((prompt, first), ([*prompt, *first, 13], second)):
+        for context, attempt in ((prompt, first), ([*prompt, *first, *p1], second)):
             for i, token in enumerate(attempt):
                 logits = policy(torch.tensor([context + attempt[:i]]))[0, -1]
                 losses.append(torch.logsumexp(logits, 0) - logits[token])
@@ -207,9 +210,7 @@ def test_a_supervised_step_is_the_mean_over_all_tokens_of_both_attempts(monkeypa
     assert log == dict(loss=pytest.approx(mean.item()), grad_norm=0.125) and len(losses) == 16
     for weight, mine in zip(run.policy.parameters(), policy.parameters(), strict=True):
         torch.testing.assert_close(weight.grad, mine.grad, rtol=1e-6, atol=1e-9)
-    run.step = 4
-    score.sft_step(run)
-    assert asked == [(8, run.rng, True), (8, run.rng, False)]  # half of the steps are clean
+    assert asked == [(8, run.rng)]
 
 
 def test_the_optimizer_is_adam_with_a_clipped_gradient_and_no_decay(tmp_path):
@@ -255,8 +256,8 @@ def test_both_stages_learn_at_bandit_size():
 
 
 def scripted(tmp_path, phases, config=TINY):
-    """Return a run of phases (name, steps, step ..), which may write any weight and be paid for
-    anything, and has taken no step."""
+    """Return a run of phases (name, steps, step, rate, final rate and warm-up), which may write any
+    weight, and has taken no step."""
     run = score.new_run(config, tmp_path)
     run.phases = [score.Phase(*about) for about in phases]
     return run
@@ -266,34 +267,69 @@ def weights(run, name):
     return score.load(run.folder / f"{name}.pt")["model"]["norm.weight"].tolist()[0]
 
 
-def test_rates_warm_up_and_the_bases_falls_to_zero(tmp_path):
-    """A warm-up of 4 steps rises by fifths; a decay over 10 falls by tenths."""
-    rates = []
+def rates(run):
+    """Return the rate of each step of a run, none of which does anything."""
+    found = []
 
     def step(run):
-        rates.append(run.optimizer.param_groups[0]["lr"])
+        found.append(run.optimizer.param_groups[0]["lr"])
         return {}
 
-    list(score.train(scripted(tmp_path, [("a", 10, step, 0.2, 4, True), ("b", 6, step, 0.1, 4)])))
+    run.phases = [x._replace(step=step) for x in run.phases]
+    list(score.train(run))
+    return found
+
+
+def test_rates_fall_from_the_first_to_the_final_while_they_warm_up(tmp_path):
+    """A warm-up of 4 steps rises by fifths, of a rate that falls by tenths or by sixths."""
+    run = scripted(tmp_path, [("a", 10, None, 0.2, 0.0, 4), ("b", 6, None, 0.1, 0.04, 4)])
     falling = [0.04, 0.072, 0.096, 0.112, 0.12, 0.1, 0.08, 0.06, 0.04, 0.02]
-    assert rates == pytest.approx(falling + [0.02, 0.04, 0.06, 0.08, 0.1, 0.1])
+    assert rates(run) == pytest.approx(falling + [0.02, 0.036, 0.048, 0.056, 0.06, 0.05])
 
 
-def test_the_phases_of_score_and_of_what_is_left_of_it():
-    """Each holds the stage, the steps, the rate and the warm-up that the settings name."""
-    c = score.Config(sft_lr=0.3, lr=0.2, warmup=7)
+def test_both_stages_together_have_the_rates_of_the_control(tmp_path):
+    c = replace(TINY, sft_steps=1, stage1_steps=4, stage2_steps=6, lr=0.5, warmup=0)
+    falling = [0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05]
+    assert rates(score.new_run(c, tmp_path))[1:] == pytest.approx(falling * 2)
+
+
+def test_the_phases_of_control_and_score_and_of_what_is_left_of_it():
+    """Each holds the stage, the steps, the rates and the warm-up that the settings name. The last
+    of a method falls to just 0."""
+    c = score.Config(sft_lr=0.3, lr=0.2, warmup=7, stage1_steps=60, stage2_steps=40)
+    control, first = ("multi_turn", 100, "multi_turn", 0.2, 0), ("stage1", 60, "stage1", 0.2, 0.08)
     for changes, expected in (
-        ({}, [("stage1", 60, score.stage1), ("score", 40, score.stage2)]),
-        (dict(alpha=0.0), [("stage1", 60, score.stage1), ("no_bonus", 40, score.stage2)]),
-        (dict(stage1_steps=0), [("no_stage1", 40, score.stage2)]),
-        (dict(stage1_steps=0, alpha=0.0), [("multi_turn", 40, score.stage2)]),
-        (dict(stage2_steps=0), [("stage1", 60, score.stage1)]),
+        ({}, [control, first, ("score", 40, "stage2", 0.08, 0)]),
+        (dict(control=0), [first, ("score", 40, "stage2", 0.08, 0)]),
+        (dict(alpha=0.0), [control, first, ("no_bonus", 40, "stage2", 0.08, 0)]),
+        (dict(stage1_steps=0), [("multi_turn", 40, *control[2:]),
+                                ("no_stage1", 40, "stage2", 0.2, 0)]),
+        (dict(stage2_steps=0, control=0), [("stage1", 60, "stage1", 0.2, 0)]),
         (dict(stage1_steps=0, stage2_steps=0), []),
-    ):
+    ):  # fmt: skip
         base, *rest = score.schedule(replace(c, **changes))
-        assert base == ("base", 1500, score.sft_step, 0.3, 100, True)
-        assert [(x.name, x.steps, x.step.keywords["stage"]) for x in rest] == expected
-        assert all((x.step.func, *x[3:]) == (score.rl_step, 0.2, 7, False) for x in rest)
+        assert base == ("base", c.sft_steps, score.sft_step, 0.3, 0, 100)
+        assert [x[:2] for x in rest] == [x[:2] for x in expected]
+        for found, (*_, stage, lr, final) in zip(rest, expected, strict=True):
+            assert (found.step.func, found.warmup) == (score.rl_step, 7)
+            assert found.step.keywords == dict(stage=getattr(score, stage))
+            assert found.lr == pytest.approx(lr)
+            assert found.final == pytest.approx(final, rel=1e-9, abs=0)
+
+
+def test_score_is_bit_for_bit_the_same_with_and_without_the_control(tmp_path):
+    """Logs, but for the control's, and weights: so Stage I begins from the base again."""
+    logs, folders = [], [tmp_path / "without", tmp_path / "with"]
+    for control, folder in enumerate(folders):
+        settings = replace(TINY, control=control, lr=0.1)
+        score.drive(score.open_run(score.create(settings, folder)))
+        lines = (folder / "log.jsonl").read_text().splitlines()
+        logs.append([line for line in lines if json.loads(line)["phase"] != "multi_turn"])
+        assert len(lines) - len(logs[-1]) == control * 6
+    assert logs[0] == logs[1] and len(logs[0]) == 10
+    for name in ("base", "stage1", "score"):
+        one, other = (score.load(x / f"{name}.pt")["model"] for x in folders)
+        assert all(torch.equal(x, other[key]) for key, x in one.items())
 
 
 def test_what_a_step_draws_depends_on_seed_phase_and_step_alone(tmp_path):
@@ -305,10 +341,10 @@ def test_what_a_step_draws_depends_on_seed_phase_and_step_alone(tmp_path):
         drawn.setdefault(key, set()).add(run.rng.random())
         return {}
 
-    phases = [("a", 3, step, 0.1, 1), ("b", 4, step, 0.1, 1)]
+    phases = [("a", 3, step, 0.1, 0.0, 1), ("b", 4, step, 0.1, 0.0, 1)]
     for seed in (0, 1):
         list(score.train(scripted(tmp_path, phases, replace(TINY, seed=seed))))
-    late = scripted(tmp_path, [phases[0], ("b", 4, partial(step, torch_seed=1), 0.1, 1)])
+    late = scripted(tmp_path, [phases[0], ("b", 4, partial(step, torch_seed=1), 0.1, 0.0, 1)])
     late.phase, late.step = 1, 2
     list(score.train(late))
     assert len(drawn) == 14 and all(len(numbers) == 1 for numbers in drawn.values())
@@ -317,74 +353,29 @@ def test_what_a_step_draws_depends_on_seed_phase_and_step_alone(tmp_path):
     assert not torch.equal(a.policy.head.weight, b.policy.head.weight)
 
 
-def test_the_reference_is_what_the_first_phase_leaves_and_each_phase_has_a_fresh_optimizer(
+def test_the_reference_is_the_base_each_method_begins_there_and_each_phase_has_a_fresh_optimizer(
     tmp_path,
 ):
+    """The base; a method of one phase; a method of two. Weights are named after their phase."""
     seen = []
 
     def step(run):
-        references = {w[0].item() for w in (run.base.norm.weight, run.base.blocks[0].norm1.weight)}
-        seen.append((references, len(run.optimizer.state)))
+        of = [(m.norm.weight, m.blocks[0].norm1.weight) for m in (run.base, run.policy)]
+        seen.append((*({w[0].item() for w in pair} for pair in of), len(run.optimizer.state)))
         score.optimizer_step(run, run.policy.norm.weight.sum())
         with torch.no_grad():
-            run.policy.norm.weight.fill_(run.phase + 2.0)
-            run.policy.blocks[0].norm1.weight.fill_(run.phase + 2.0)
+            for weight in of[1]:
+                weight.fill_(run.phase + 2.0)
         return {}
 
-    run = scripted(tmp_path, [(name, 2, step, 0.1, 1) for name in "abc"])
+    about = [("a", 0.0), ("b", 0.0), ("c", 0.05), ("d", 0.0)]
+    run = scripted(tmp_path, [(name, 2, step, 0.1, final, 1) for name, final in about])
     score.drive(run)
     log = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     rows = [(row["phase"], row["step"]) for row in log]
-    n = len(seen) and seen[1][1]
-    assert n and seen == [({1.0}, 0), ({1.0}, n)] + [({2.0}, 0), ({2.0}, n)] * 2
-    assert rows == [(name, i) for name in "abc" for i in (1, 2)]
-    assert [weights(run, name) for name in "abc"] == [2.0, 3.0, 4.0]
+    n, starts = seen[1][2], [1.0, 2.0, 2.0, 4.0]
+    assert n and seen[::2] == [({min(x, 2.0)}, {x}, 0) for x in starts]
+    assert seen[1::2] == [({min(x, 2.0)}, {i + 2.0}, n) for i, x in enumerate(starts)]
+    assert rows == [(name, i) for name in "abcd" for i in (1, 2)]
+    assert [weights(run, name) for name in "abcd"] == [2.0, 3.0, 4.0, 5.0]
     assert not any(weight.requires_grad for weight in run.base.parameters())
-
-
-def paid(rewards):
-    """Return a step that is paid so, and writes its number into a weight."""
-
-    def step(run):
-        with torch.no_grad():
-            run.policy.norm.weight.fill_(run.step + 1.0)
-        return dict(reward=rewards[run.step])
-
-    return step
-
-
-@pytest.mark.parametrize(
-    ("rewards", "kept"),
-    [
-        ([0.5, 0.5, 0.9, 0.9, 0.1, 1.5, 0.2, 1.4], 4),  # means 0.5, 0.9, 0.8, 0.8
-        ([0.5, 0.5, 0.7, 0.7, 0.5, 0.9, 0.7, 0.7], 4),  # the first of three blocks that are equal
-        ([0.5, 0.5, 0.1, 0.1, 0.9, 0.9, 2.0], 6),  # the last step begins a block
-        ([2.0], 1),  # there is no whole block
-        ([0.0, 0.0, 0.0, 0.0, 0.0], 5),  # none is better than none
-    ],
-)
-@pytest.mark.parametrize("stop", [0, 1, 3, 4])
-def test_the_last_phase_keeps_the_weights_after_its_best_block(
-    tmp_path, monkeypatch, rewards, kept, stop
-):
-    """Blocks of two steps; and the same where the run was stopped and opened again."""
-    monkeypatch.setattr(score, "BLOCK", 2)
-    phases = [("first", 4, paid([3.0, 3.0, 0.0, 0.0]), 0.1, 1)]
-    phases += [("last", len(rewards), paid(rewards), 0.1, 1)]
-    (tmp_path / "config.json").write_text(json.dumps(dict(
-        module="score", threads=1, config=vars(TINY))))  # fmt: skip
-    run = scripted(tmp_path, phases)
-    steps = score.train(run)
-    for _ in range(3 + stop if stop < len(rewards) else 0):  # at most to the first phase's third
-        next(steps)
-    score.save(score.state_of(run), tmp_path / "checkpoint.pt")
-    (tmp_path / "log.jsonl").write_text("{}\n" * 20)
-    run = score.open_run(tmp_path)
-    run.phases = [score.Phase(*about) for about in phases]
-    if stop:  # the first phase was ended, and its file written, before the stop
-        left = run.policy if stop == 1 else run.base
-        score.save(dict(model=left.state_dict(), step=4), tmp_path / "first.pt")
-    score.drive(run)
-    assert weights(run, "last") == kept and score.load(tmp_path / "last.pt")["step"] == kept
-    assert weights(run, "first") == score.load(tmp_path / "first.pt")["step"] == 4
-    assert run.policy.norm.weight[0] == kept

@@ -109,9 +109,9 @@ def test_every_name_of_the_core_is_used_by_the_core_or_is_a_door():
 
 
 def test_the_way_of_a_token_id_to_the_gradient_is_short(tmp_path, monkeypatch):
-    """Of `python score.py`, once its run is set up: our functions that are called up to the first
-    backward pass, with `main`. What is inside the model, behind `hidden` and `forward`, sees states
-    and no ids, and is another way."""
+    """Of `python score.py`, at Stage I, once its run is set up: our functions that are called up to
+    the first backward pass, with `main`. What is inside the model, behind `hidden` and `forward`,
+    sees states and no ids, and is another way."""
     way = {"score.py main": None}  # in the order of their first calls
 
     class Arrived(Exception):
@@ -129,7 +129,7 @@ def test_the_way_of_a_token_id_to_the_gradient_is_short(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     run = score.new_run(TINY, tmp_path)
-    run.phase = 1
+    run.phase = 2
     sys.setprofile(called)
     try:
         with pytest.raises(Arrived):

@@ -1,5 +1,7 @@
 """The verifier is strict and total; the splits are disjoint; the corpus is what it says."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,40 +9,63 @@ from hypothesis import strategies as st
 
 import verify
 
-NINES = "9" * 99
+GOLD = "+4-2+5-1"
 
 
 @pytest.mark.parametrize(
     ("answer", "status"),
     [
-        ("999", "right"), ("0999", "right"), ("00000999", "right"), (" 999\n", "right"),
-        ("998", "wrong"), ("-999", "wrong"), ("9990", "wrong"), ("0", "wrong"), (NINES, "wrong"),
-        ("", "unparsed"), (" \n", "unparsed"), ("-", "unparsed"), ("+999", "unparsed"),
-        ("999.0", "unparsed"), ("9_99", "unparsed"), ("9,99", "unparsed"), ("9 99", "unparsed"),
-        ("999=999", "unparsed"), ("999<|revise|>", "unparsed"), ("９９９", "unparsed"),
-        ("٩٩٩", "unparsed"), ("\u00a0999", "unparsed"), ("999\0", "unparsed"),
-        ("0x3e7", "unparsed"), ("999 or 998", "unparsed"), ("1e3", "unparsed"),
-        ("00" + NINES, "unparsed"), ("9" * 10**6, "unparsed"),
+        (GOLD, "right"), (f" {GOLD}\n", "right"), (f"\t{GOLD}\r\n", "right"),
+        ("+4+2-5-1", "wrong"), ("-4+2-5+1", "wrong"), ("+4-2+5", "wrong"), (GOLD + "+1", "wrong"),
+        ("+2-1+5", "wrong"), ("+3-1+5-1", "wrong"), ("-2+4+5-1", "wrong"), ("-1+5-2+4", "wrong"),
+        ("+1" * 99, "wrong"), ("", "unparsed"), (" \n", "unparsed"), ("+", "unparsed"),
+        ("4-2+5-1", "unparsed"), ("+42+5-1", "unparsed"), ("+4-2+51", "unparsed"),
+        ("+4 -2+5-1", "unparsed"), ("+ 4-2+5-1", "unparsed"), ("+4-2\n+5-1", "unparsed"),
+        ("+4-2+5-1=6", "unparsed"), ("=6", "unparsed"), ("6", "unparsed"), ("+4-2+5-", "unparsed"),
+        ("++4-2+5-1", "unparsed"), ("+4--2+5-1", "unparsed"), ("+04-2+5-1", "unparsed"),
+        ("+4-2+5-1+0", "unparsed"), ("+4-2+5-1-0", "unparsed"), ("+4-2+5-10", "unparsed"),
+        ("+4-2+5-1.0", "unparsed"), ("+4,-2,+5,-1", "unparsed"), ("(+4-2+5-1)", "unparsed"),
+        ("+4\u22122+5\u22121", "unparsed"), ("\uff0b4-2+5-1", "unparsed"),
+        ("+\uff14-2+5-1", "unparsed"), ("+\u0664-2+5-1", "unparsed"),
+        ("+4-2+5-\u00b9", "unparsed"), (f"\u00a0{GOLD}", "unparsed"), (f"{GOLD}\0", "unparsed"),
+        (f"{GOLD}\x0b", "unparsed"), (f"{GOLD}<|revise|>", "unparsed"),
+        (f"{GOLD}\n{GOLD}", "unparsed"), (f"{GOLD} or +4+2", "unparsed"),
+        ("+1" * 100, "unparsed"), ("+1" * 10**6, "unparsed"),
     ],
 )  # fmt: skip
 def test_status_and_reward(answer, status):
-    verdict = verify.arithmetic(answer, "999")
+    verdict = verify.signs(answer, GOLD)
     assert verdict.status == status
     assert verdict.reward == (1 if status == "right" else 0)
-    assert (verdict.detail == "") == (status in ("right", "wrong"))
+    assert 0 < len(verdict.detail) < 100 if status == "unparsed" else len(answer) < 200
 
 
-@pytest.mark.parametrize("gold", ["", "x", "1.5", "None", "٣"])
+@pytest.mark.parametrize("gold", ["", "x", "6", "4-2", "+4 -2", "+\u0664", "None"])
 def test_an_unreadable_gold_is_our_error_and_never_a_reward(gold):
-    for answer in (gold, "1", ""):
-        assert verify.arithmetic(answer, gold)[:2] == (None, "error")
+    for answer in (gold, "+1", ""):
+        assert verify.signs(answer, gold)[:2] == (None, "error")
 
 
-@given(st.text(), st.text(min_size=1).filter(lambda s: s.strip(" \t\r\n0123456789")))
+@given(st.text(), st.text(min_size=1).filter(lambda s: s.strip(" \t\r\n")))
 def test_any_text_gets_a_verdict_and_added_text_never_earns(text, junk):
-    assert verify.arithmetic(text, "-7").status in ("right", "wrong", "unparsed")
-    assert verify.arithmetic("-7" + junk, "-7").reward == 0
-    assert verify.arithmetic("-7", "-07").reward == 1
+    assert verify.signs(text, "-7").status in ("right", "wrong", "unparsed")
+    for more in ("-7" + junk, junk + "-7"):
+        assert verify.signs(more, "-7").reward == 0
+
+
+def test_the_right_attempts_at_a_problem_are_all_choices_of_signs_with_its_sum():
+    """Every row of signed numbers to 3, up to four of them, held against every gold answer of the
+    numbers 2, 1, 1, 2: summed and compared by hand."""
+    numbers = (2, 1, 1, 2)
+    rows = [row for n in range(1, 5) for row in itertools.product((-3, -2, -1, 1, 2, 3), repeat=n)]
+    for gold in itertools.product(*((x, -x) for x in numbers)):
+        rights = {row for row in itertools.product(*((x, -x) for x in numbers))
+                  if sum(row) == sum(gold)}  # fmt: skip
+        assert {row for row in rows if verify.signs(told(row), told(gold)).reward} == rights
+
+
+def told(row):
+    return "".join(f"{x:+}" for x in row)
 
 
 @pytest.mark.parametrize(
@@ -60,145 +85,183 @@ def test_the_problems_own_verifier_judges_and_a_cut_answer_is_never_paid(reward,
     problem = verify.Problem("a problem", "the gold one", verifier)
     assert verify.judge(problem, "an answer", truncated=False)[:2] == (reward, status)
     assert verify.judge(problem, "an answer", truncated=True)[:2] == cut
-    assert verify.judge(verify.Problem("5+2=", "7"), "07", truncated=False).reward == 1
+    assert verify.judge(verify.Problem("1 2 1 =2", "+1+2-1"), "-1+2+1", False).reward == 1
 
 
 # --- problems -------------------------------------------------------------------------------------
 
 
-def all_pairs(digits):
-    values = np.arange(10**digits)
-    return [x.ravel() for x in np.meshgrid(values, values)]
+def read(prompt):
+    """Return a problem's numbers and target."""
+    *numbers, target = prompt.split(" ")
+    assert target[0] == "=" and all(len(x) == 1 for x in numbers)
+    return tuple(map(int, numbers)), int(target[1:])
 
 
-def test_splits_follow_their_shares_and_mirror_images_share_one():
-    """All 10,000 two-digit problems; the share of each split within 5 standard deviations."""
-    a, b = all_pairs(2)
-    split = verify.split_of(a, b)
+def solutions(numbers, target):
+    """Return all signed rows that begin with the first number added and hit the target: those with
+    the first plus before the first minus, as a reader would try them."""
+    rows = [numbers[:1]]
+    for x in numbers[1:]:
+        rows = [(*row, y) for row in rows for y in (x, -x)]
+    return [row for row in rows if sum(row) == target]
+
+
+def every_problem(M):
+    """Return all problems of M numbers."""
+    for numbers in itertools.product(range(1, verify.LARGEST + 1), repeat=M):
+        for target in range(sum(numbers) + 1):
+            if solutions(numbers, target):
+                yield numbers, target
+
+
+def drawn(n, split, M, seed=0):
+    return verify.problems(n, split, np.random.default_rng(seed), M)
+
+
+@pytest.mark.parametrize("M", [2, 3])
+def test_the_splits_share_out_all_problems_and_each_order_of_numbers_is_in_the_same(M):
+    """All that a split has can be drawn, none twice, and one more cannot. No two splits have a
+    problem of the same numbers and target, in whatever order."""
+    whole, keys, counts = list(every_problem(M)), {}, {}
+    for split in ("train", "dev", "test"):
+        with pytest.raises(ValueError, match=f"of {M} numbers in '{split}'$") as error:
+            drawn(len(whole), split, M)
+        counts[split] = int(str(error.value).split()[2])
+        found = [read(x.prompt) for x in drawn(counts[split], split, M)]
+        assert len(set(found)) == counts[split] and set(found) <= set(whole)
+        for numbers, target in found:
+            keys.setdefault((*sorted(numbers), target), set()).add(split)
+    assert sum(counts.values()) == len(whole) and all(len(x) == 1 for x in keys.values())
+
+
+def test_splits_follow_their_shares():
+    """Of 100,000 problems' numbers; each share within 5 standard deviations."""
+    split = verify.split_of(np.arange(100_000) * 31_415)
     for name, share in (("train", 0.8), ("dev", 0.1), ("test", 0.1)):
-        unordered = 5050
-        assert abs((split == name).mean() - share) < 5 * (share * (1 - share) / unordered) ** 0.5
+        assert abs((split == name).mean() - share) < 5 * (share * (1 - share) / 100_000) ** 0.5
     assert set(split) == {"train", "dev", "test"}
-    assert (split == verify.split_of(b, a)).all()
 
 
-def test_a_problem_stays_in_its_split():
-    """Published numbers depend on it. Recorded, not derived."""
-    split = verify.split_of(np.arange(36) * 27_182_818, np.arange(36) ** 2 * 31_415)
+@pytest.fixture
+def to_four(monkeypatch):
+    """Problems of the numbers 1 to 4, few enough to have them all."""
+    monkeypatch.setattr(verify, "LARGEST", 4)
+
+
+def test_a_problem_stays_in_its_split(to_four):
+    """Published numbers depend on it. Recorded, not derived: of what identifies a problem, and of
+    whole problems."""
+    split = verify.split_of(np.arange(36) * 27_182_818)
     assert (
         "".join({"train": "."}.get(x, x[0]) for x in split)
-        == "t.t...d.....t.......d.......d......."
+        == "tt..........td.......t.....dd...t..."
     )
-
-
-def pair(prompt):
-    a, b = prompt.removesuffix("=").split("+")
-    return a, b
-
-
-def split_of(prompts):
-    a, b = zip(*map(pair, prompts), strict=True)
-    return set(verify.split_of(np.array(a, dtype=int), np.array(b, dtype=int)))
+    assert sorted(x.prompt for x in drawn(4, "test", 2)) == ["2 1 =1", "2 4 =6", "4 2 =2", "4 2 =6"]
 
 
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
-def test_drawn_problems_are_well_formed_of_their_split_and_reproducible(split):
-    for digits in range(1, 10):
-        drawn, again = (
-            verify.problems(30, split, np.random.default_rng(digits), digits) for _ in range(2)
-        )
-        assert drawn == again and len(drawn) == 30
-        assert split_of([x.prompt for x in drawn]) == {split}
-        for prompt, gold, verifier in drawn:
-            a, b = pair(prompt)
-            assert len(a) == len(b) == digits and gold == str(int(a) + int(b))
-            assert verifier is verify.arithmetic
+def test_drawn_problems_are_well_formed_reproducible_and_solved_by_their_gold(split):
+    """By the first solution, if plus is tried before minus from the left."""
+    for M in range(3, 10):
+        found = drawn(12, split, M, seed=M)
+        assert found == drawn(12, split, M, seed=M) != drawn(12, split, M, seed=M + 1)
+        assert len({x.prompt for x in found}) == 12
+        for prompt, gold, verifier in found:
+            numbers, target = read(prompt)
+            assert len(numbers) == M and set(numbers) <= set(range(1, verify.LARGEST + 1))
+            assert target >= 0
+            assert gold == told(solutions(numbers, target)[0]) and verifier is verify.signs
 
 
-def test_columns_sum_to_9_half_of_the_time_and_are_uniform_otherwise():
-    """Chi-squared of 40,000 columns over the 100 pairs of digits, 99 degrees of freedom: a right
-    generator exceeds 180 with probability 1e-6, and the seed is fixed."""
-    a, b = verify.operands(8000, "train", np.random.default_rng(0), digits=5)
-    count = np.zeros((10, 10))
-    for power in 10 ** np.arange(5):
-        np.add.at(count, (a // power % 10, b // power % 10), 1)
-    expected = np.full((10, 10), 0.5 / 100) + 0.05 * np.eye(10)[::-1]
-    expected *= count.sum()
-    assert ((count - expected) ** 2 / expected).sum() < 180
+def test_numbers_and_signs_are_uniform_but_for_the_target_that_is_not_negative(to_four):
+    """Chi-squared of 8,000 draws over the problems of 3 numbers in "train", weighted by how many
+    choices of signs give the target. Of a right generator it exceeds its degrees of freedom by more
+    than 5 standard deviations with probability 1e-5; the seed is fixed."""
+    x_NM, target_N, *_ = verify.draw(8000, "train", np.random.default_rng(0), M=3)
+    mine = {read(x.prompt) for x in drawn(143, "train", 3)}
+    weight = {x: len(solutions(*x)) for x in mine}
+    count = dict.fromkeys(mine, 0)
+    for numbers, target in zip(x_NM.tolist(), target_N.tolist(), strict=True):
+        count[tuple(numbers), target] += 1
+    each = 8000 / sum(weight.values())
+    chi2 = sum((count[x] - each * weight[x]) ** 2 / (each * weight[x]) for x in mine)
+    assert chi2 < 142 + 5 * (2 * 142) ** 0.5
 
 
 @pytest.mark.parametrize(
-    ("split", "digits", "named"),
-    [("train", 0, "got 0"), ("train", 10, "got 10"), ("valid", 3, "'valid'")],
+    ("split", "M", "named"), [("train", 1, "got 1"), ("train", 10, "got 10"), ("valid", 3, "valid")]
 )
-def test_impossible_problems_are_refused_by_name(split, digits, named):
+def test_impossible_problems_are_refused_by_name(split, M, named):
     with pytest.raises(ValueError, match=named):
-        verify.problems(1, split, np.random.default_rng(0), digits)
-
-
-def test_a_split_without_problems_is_an_error_and_not_a_loop_without_end(monkeypatch):
-    monkeypatch.setattr(verify, "split_of", lambda a, b: np.full(len(a), "train"))
-    with pytest.raises(ValueError, match="only 0 of 3 problems of 2 digits in 'dev'"):
-        verify.problems(3, "dev", np.random.default_rng(0), digits=2)
+        drawn(1, split, M)
 
 
 # --- what the base reads --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("slip", "slip_hard"), [(0.3, 0.7), (0.0, 0.0), (1.0, 0.0)])
-def test_a_careless_sum_is_that_of_a_walk_along_the_columns(slip, slip_hard):
-    """One column after another from the right, by hand: the carry that is right, the carry that is
-    written, and how many columns in a row have summed to 9."""
-    rng = np.random.default_rng(1)
-    a, b = verify.operands(300, "train", rng, digits=6)
-    seed = int(rng.integers(10**9))
-    found = verify.careless_sum(a, b, slip, slip_hard, np.random.default_rng(seed), digits=6)
-    numbers = np.random.default_rng(seed).random((6, 300))  # of each column, then of each problem
-    for n, (x, y) in enumerate(zip(a.tolist(), b.tolist(), strict=True)):
-        wrote, row, text = 0, 0, ""
-        for column in range(6):
-            u, v = int(f"{x:06d}"[-1 - column]), int(f"{y:06d}"[-1 - column])
-            text = str((u + v + wrote) % 10) + text
-            below = 10 ** (column + 1)
-            wrote = 1 if x % below + y % below >= below else 0
-            row = row + 1 if u + v == 9 else 0
-            if row and numbers[column, n] < (slip_hard if row >= 3 else slip):
-                wrote = 1 - wrote
-        assert "".join(map(str, found[n])) == str(wrote) + text
-        assert slip or int(str(wrote) + text) == x + y
+def corpus(n, M=4, **changes):
+    """Return documents: problem, solution, draft and revision, as numbers."""
+    settings = dict(slip=0.2, slip_hard=0.7, rights=0.4, careless=0.3) | changes
+    for prompt, *texts in verify.corpus(n, np.random.default_rng(0), M, **settings):
+        numbers, target = read(prompt)
+        draft, revision = (tuple(verify.signed(text)) for text in texts)
+        assert tuple(map(abs, draft)) == tuple(map(abs, revision)) == numbers
+        assert draft[0] == revision[0] == numbers[0]  # the first number is always added
+        yield numbers, target, solutions(numbers, target)[0], draft, revision
 
 
-def corpus(n, digits=4, **changes):
-    shares = dict(slip=0.35, slip_hard=0.75, rights=0.25, copies=0.45) | changes
-    return verify.corpus(n, np.random.default_rng(0), digits, **shares)
+def turned(a, b):
+    return sum(x != y for x, y in zip(a, b, strict=True))
 
 
-def test_revisions_are_right_copied_or_careless_in_the_given_shares():
-    """Of wrong drafts, so that the three kinds can be told apart; 5 standard deviations at most."""
-    documents = corpus(20_000)
-    assert split_of([prompt for prompt, _, _ in documents]) == {"train"}
-    gold = [sum(map(int, pair(prompt))) for prompt, _, _ in documents]
-    wrong = [(d, r, g) for (_, d, r), g in zip(documents, gold, strict=True) if int(d) != g]
-    n = len(wrong)
-    assert 0.2 < n / 20_000 < 0.8
-    copied, right = sum(d == r for d, r, _ in wrong) / n, sum(int(r) == g for _, r, g in wrong) / n
-    for found, share in ((copied, 0.45), (right, 0.25 + 0.3 * 0.85**5)):
-        assert abs(found - share) < 5 * (share * (1 - share) / n) ** 0.5
+def test_drafts_and_revisions_are_those_of_a_walk_along_the_numbers():
+    """One number after another, by hand, from the same random numbers: of a draft's slips, of the
+    kind of revision and of a careless one's slips."""
+    rng, M = np.random.default_rng(0), 5
+    verify.draw(400, "train", rng, M)
+    slips, kinds, more = rng.random((400, M)), rng.random(400), rng.random((400, M))
+    seen = set()
+    for n, (numbers, target, right, draft, revision) in enumerate(corpus(400, M)):
+        wrote, careless = list(right), list(right)
+        for i in range(1, M):
+            hard = right[i] < 0 and numbers[i] > numbers[i - 1]
+            wrote[i] *= -1 if slips[n, i] < (0.7 if hard else 0.2) else 1
+            careless[i] *= -1 if more[n, i] < 0.15 else 1
+            seen.add((hard, wrote[i] != right[i]))
+        assert draft == tuple(wrote)
+        nearest = min(solutions(numbers, target), key=lambda row: turned(row, draft))
+        kind = 0 if kinds[n] < 0.4 else 1 if kinds[n] < 0.7 else 2
+        assert revision == (nearest, tuple(careless), draft)[kind]
+    assert len(seen) == 4
 
 
-def test_careless_digits_are_one_too_large_or_one_too_small():
-    documents, steps = corpus(5000, rights=0.0, copies=0.0), []
-    for prompt, _, revision in documents:
-        right = f"{sum(map(int, pair(prompt))):05d}"
-        steps += [(int(x) - int(y)) % 10 for x, y in zip(revision, right, strict=True)]
-    shares = [steps.count(step) / len(steps) for step in (0, 1, 9)]
-    assert sum(shares) == pytest.approx(1)
-    assert np.abs(np.array(shares) - [0.85, 0.075, 0.075]).max() < 5 * 0.5 / len(steps) ** 0.5
+def test_a_right_revision_turns_as_few_signs_as_can_be():
+    """None of a right draft, also where it is not the first solution."""
+    kept = 0
+    for numbers, target, first, draft, revision in corpus(2000, rights=1.0, careless=0.0):
+        fewest = min(turned(draft, row) for row in solutions(numbers, target))
+        assert sum(revision) == target and turned(draft, revision) == fewest
+        kept += draft == revision != first
+    assert kept > 5
+
+
+def test_documents_are_of_the_training_split(to_four):
+    mine = {read(x.prompt) for x in drawn(890, "train", 4)}
+    assert {x[:2] for x in corpus(3000)} <= mine
 
 
 def test_extremes_of_the_corpus():
-    """Right drafts; nothing but copies; nothing but right revisions. All are padded with zeros."""
-    for prompt, draft, revision in corpus(300, slip=0.0, slip_hard=0.0, rights=0.0, copies=1.0):
-        assert draft == revision == f"{sum(map(int, pair(prompt))):05d}"
-    for prompt, _, revision in corpus(300, rights=1.0, copies=0.0):
-        assert revision == f"{sum(map(int, pair(prompt))):05d}"
+    """Nothing but copies; nothing but careless revisions; drafts without a slip, with slips where
+    it is hard alone, and everywhere."""
+    copies = list(corpus(300, rights=0.0, careless=0.0))
+    assert all(draft == revision for *_, draft, revision in copies)
+    assert any(draft != right for _, _, right, draft, _ in copies)
+    careless = list(corpus(2000, rights=0.0, careless=1.0, slip=1.0, slip_hard=1.0))
+    assert all(turned(draft, right) == 3 for _, _, right, draft, _ in careless)
+    share = sum(turned(revision, right) for _, _, right, _, revision in careless) / 6000
+    assert abs(share - 0.15) < 5 * (0.15 * 0.85 / 6000) ** 0.5
+    for hard in (0.0, 1.0):
+        for numbers, _, right, draft, _ in corpus(300, slip=0.0, slip_hard=hard):
+            for a, b, sign, wrote in zip(numbers, numbers[1:], right[1:], draft[1:], strict=False):
+                assert (wrote != sign) == (sign < 0 and b > a and hard == 1.0)

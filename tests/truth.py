@@ -9,8 +9,8 @@ through the shipped code and weights each pair by its probability. Nothing is le
 nothing is tolerated but rounding.
 
 The objective is the paper's with gamma = 0: attempt 2's terms draw attempt 1 from a *frozen* copy
-of the policy (arXiv 2409.12917v2, appendix A.2). Where attempt 1 is made to earn part of attempt
-2's return ("gamma") or the bonus ("leak"), its terms draw attempt 2 from a frozen copy, likewise.
+of the policy (arXiv 2409.12917v2, appendix A.2). Where attempt 1 is made to earn the bonus
+("leak"), its terms draw attempt 2 from a frozen copy, likewise.
 """
 
 import itertools
@@ -26,8 +26,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 PROMPT, INSTRUCTION, END, LIMIT, V = (0, 2), (2, 0), 1, 2, 3
 RIGHT = {(0, 1), (1,)}  # the attempts that earn 1
-ALPHA, BETA1, BETA2, GAMMA, TEMPERATURE = 3.0, 0.3, 0.7, 0.6, 0.8
-SETTINGS = SimpleNamespace(group=2, alpha=ALPHA, beta1=BETA1, beta2=BETA2, gamma=GAMMA)
+ALPHA, BETA1, BETA2, TEMPERATURE = 3.0, 0.3, 0.7, 0.8
+SETTINGS = SimpleNamespace(group=2, alpha=ALPHA, beta1=BETA1, beta2=BETA2)
 ATTEMPTS = [(1,), *((a, b) for a in (0, 2) for b in range(V))]
 PAIRS = list(itertools.product(ATTEMPTS, ATTEMPTS))
 
@@ -141,7 +141,7 @@ class Oracle:
         kl1 = kl(PROMPT)
         stage1, stage2 = -(BETA1 + BETA2) * kl1, -BETA1 * kl1
         single_turn = sum(p[PROMPT][y] for y in RIGHT) - BETA1 * kl1
-        gamma = leak = 0.0  # what attempt 1 earns besides its own reward
+        leak = 0.0  # what attempt 1 earns besides its own reward
         for y1 in ATTEMPTS:
             right1, context2 = float(y1 in RIGHT), PROMPT + y1 + INSTRUCTION
             stage2 += p[PROMPT][y1] * right1
@@ -153,10 +153,9 @@ class Oracle:
                 stage1 += weight * right2
                 stage2 += weight * (right2 + ALPHA * (right2 - right1))
                 weight = p[PROMPT][y1] * self.p0[context2][y2]
-                gamma += weight * GAMMA * (right2 + ALPHA * (right2 - right1))
                 leak += weight * ALPHA * (right2 - right1)
         return {"stage1": stage1, "stage2": stage2, "single_turn": single_turn,
-                "gamma": stage2 + gamma, "leak": stage2 + leak}  # fmt: skip
+                "leak": stage2 + leak}  # fmt: skip
 
     @cached_property
     @torch.no_grad()

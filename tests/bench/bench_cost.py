@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import score
 from model import GPT, GPTConfig
-from rollout import addition, rollout, token_terms
+from rollout import rollout, signs, token_terms
 from tests.bench.bench_memory import resident
 from tests.bench.timing import about, write
 
@@ -46,7 +46,7 @@ def measure(batch: int, length: int, width: int, group: int, prompt: int) -> dic
     """Return seconds of sampling and of learning, medians, and the peak of memory in bytes."""
     start = resident("VmRSS")
     c = score.Config(batch=batch, group=group)
-    task = addition(c)._replace(end_id=-1)  # which is never drawn: attempts have the full length
+    task = signs(c)._replace(end_id=-1)  # which is never drawn: attempts have the full length
     config = GPTConfig(14, 3, 4, 4, width, 2 * width, prompt + 2 * length + 1, qkv_bias=True)
     policy, base = GPT(config), GPT(config).requires_grad_(False)
     run = score.Run(c, task, [], Path(), policy, base, score.adamw(policy))

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import score
 from model import GPT, GPTConfig
-from rollout import addition, make_rows
+from rollout import make_rows, signs
 from scale import steps, train
 from scale.memory import prepare
 from tests.bench.timing import about, write
@@ -71,7 +71,7 @@ def measure(width: int, chunk: int, recompute: int) -> dict:
     policy = prepare(GPT(config), recompute=bool(recompute))
     weights = {name: x.clone() for name, x in policy.state_dict().items()}
     base = steps.frozen(policy, weights, c)
-    run = score.Run(c, addition(c), [], Path(), policy, base, score.adamw(policy))
+    run = score.Run(c, signs(c), [], Path(), policy, base, score.adamw(policy))
     steps.GAP["float32"] = torch.inf  # nothing was sampled
     ids = torch.randint(0, V, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
     prompts, *attempts = ([row[a:b] for row in ids] for a, b in ((0, 64), (64, 128), (128, TOKENS)))
@@ -79,7 +79,7 @@ def measure(width: int, chunk: int, recompute: int) -> dict:
     reward_KB = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(1, ROWS // 2)
     for _ in range(2):  # in the first the optimizer's state comes into being
         began = time.perf_counter()
-        steps.rl_update(run, r, reward_KB, score.stage2(reward_KB, c), base)
+        steps.rl_update(run, r, reward_KB, score.stage2(reward_KB, c))
         seconds = time.perf_counter() - began
     size = 4 * sum(w.numel() for w in policy.parameters())
     least = 4 * size + 4 * MICRO * (chunk or TOKENS) * V

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from model import GPT, Cache, GPTConfig
 from rollout import read, rollout, sample_turn
+from scale import pretrained
 from scale.memory import prepare
 from tests.bench import speed
 from tests.bench.timing import about, in_kernels, in_turns, keep_memory, write
@@ -74,7 +75,7 @@ def there(model: GPT, compiled=None):
 
     disable_progress_bar()
     with tempfile.TemporaryDirectory() as place:
-        model.save_pretrained(Path(place) / "model")
+        pretrained.save(model, Path(place) / "model")
         other = AutoModelForCausalLM.from_pretrained(Path(place) / "model", dtype=torch.float32)
     if compiled:
         shapes = compiled == "dynamic"

@@ -30,6 +30,7 @@ import score
 from model import GPT
 from ports.trl_port import make_trainer
 from rollout import make_rows, token_terms
+from scale import pretrained
 from scale.memory import prepare
 from study import methods
 from tests.bench import speed
@@ -61,7 +62,7 @@ def against_trl(batch: int, rounds: int, quick: bool) -> dict:
         run = methods.new_run(c, Path(place))
         for _, _ in zip(range(sft_steps + 1), score.train(run), strict=False):
             pass  # the base, and one step of Stage II, which takes the base as the reference
-        run.base.save_pretrained(Path(place) / "base")
+        pretrained.save(run.base, Path(place) / "base")
         steps = {"ours": score.train(copy.deepcopy(run))}
         if not quick:
             prepare(run.policy, compile=True)

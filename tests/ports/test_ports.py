@@ -11,7 +11,8 @@ import torch
 
 import score
 from ports import check_port
-from rollout import addition
+from rollout import signs
+from scale import pretrained
 
 CASES = check_port.contract()
 PORTS = {  # library, dtype, the quantities that the port has
@@ -51,9 +52,9 @@ def test_the_loop_in_jax_holds_attempt_1_in_stage_1_and_learns_both_in_stage_2()
 @quiet
 def test_trl_samples_the_second_turn_after_the_first_and_moves_the_policy_alone(tmp_path):
     port, c = load("trl_port"), score.Config(batch=8, group=4, warmup=0)
-    task, calls = addition(c), []
+    task, calls = signs(c), []
     problems = task.draw(4, "train", np.random.default_rng(0))
-    score.new_run(c, tmp_path).policy.save_pretrained(tmp_path / "base")
+    pretrained.save(score.new_run(c, tmp_path).policy, tmp_path / "base")
 
     def odd(completion_ids, **_):
         return [float(sum(ids) % 2) for ids in completion_ids]
@@ -82,10 +83,10 @@ def test_trl_samples_the_second_turn_after_the_first_and_moves_the_policy_alone(
 
 
 def test_rewards_in_trl_are_the_verifiers(tmp_path):
-    port, task = load("trl_port"), addition(score.Config(size=2))
-    problems = [port.verify.Problem("12+34=", "46"), port.verify.Problem("10+10=", "20")]
-    ids = [*task.encode("046"), task.end_id, *task.instruction, *task.encode("046")]
-    turn = [1] * 4 + [0] + [2] * 3  # the second attempt has no end
+    port, task = load("trl_port"), signs(score.Config(size=4))
+    problems = [port.verify.Problem(*x) for x in (("4 2 =6", "+4+2"), ("4 2 =2", "+4-2"))]
+    ids = [*task.encode("+4+2"), task.end_id, *task.instruction, *task.encode("+4+2")]
+    turn = [1] * 3 + [0] + [2] * 2  # the second attempt has no end
     given = dict(completion_ids=[ids, ids], turn=[turn, turn], problem=[0, 1])
     assert port.reward_of(1, task, problems)(**given) == [1, 0]
     assert port.reward_of(2, task, problems)(**given) == [0, 0]
@@ -94,7 +95,7 @@ def test_rewards_in_trl_are_the_verifiers(tmp_path):
 @quiet
 def test_the_toy_trains_in_trl_by_the_command(monkeypatch, capsys):
     port = load("trl_port")
-    monkeypatch.setattr(port.score, "Config", partial(score.Config, batch=4, size=2))
+    monkeypatch.setattr(port.score, "Config", partial(score.Config, batch=4, size=4))
     port.main([])
     assert re.search(r"seconds a step, median: \d", capsys.readouterr().out)
 

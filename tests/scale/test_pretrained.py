@@ -115,7 +115,7 @@ def weights_edited(source, target, edit):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_those_of_transformers(open_models, family):
     reference, folder = open_models[family]
-    gpt, expected = GPT.from_pretrained(folder), logits_of(reference)
+    gpt, expected = pretrained.load(folder), logits_of(reference)
     cache = Cache(gpt, 2, 120)
     with torch.no_grad():
         pieces = torch.cat([gpt(part, cache) for part in IDS.split([50, 1, 69], dim=1)], dim=1)
@@ -128,9 +128,9 @@ def test_what_is_written_is_read_by_transformers_and_here_bit_for_bit(
     open_models, family, tmp_path
 ):
     reference, folder = open_models[family]
-    gpt, out = GPT.from_pretrained(folder), tmp_path / "much/deeper/out"
-    gpt.save_pretrained(out)
-    loaded, again = reload(out), GPT.from_pretrained(out)
+    gpt, out = pretrained.load(folder), tmp_path / "much/deeper/out"
+    pretrained.save(gpt, out)
+    loaded, again = reload(out), pretrained.load(out)
     assert type(loaded) is type(reference) and same_weights(loaded, reference)
     assert torch.equal(logits_of(loaded), logits_of(reference))
     assert again.config == gpt.config and same_weights(again, gpt)
@@ -148,7 +148,7 @@ def test_a_model_of_ours_becomes_an_open_one(tmp_path):
         ({"qk_norm": True, "rope_scaling": (4.0, 1.0, 4.0, 32)}, "Qwen3ForCausalLM"),
     ):
         gpt = GPT(GPTConfig(89, 2, 4, 2, 24, 20, 128, tied_head=True, **options), seed=4)
-        gpt.save_pretrained(tmp_path / expected)
+        pretrained.save(gpt, tmp_path / expected)
         loaded = reload(tmp_path / expected)
         assert type(loaded).__name__ == expected
         assert distance(logits_of(gpt), logits_of(loaded)) < 1e-5
@@ -161,8 +161,8 @@ def test_several_files_are_one_model(open_models, tmp_path):
     reference, folder = open_models["qwen2.5"]
     reference.save_pretrained(tmp_path / "several", max_shard_size="40KB")
     assert len(list((tmp_path / "several").glob("*.safetensors"))) > 2
-    several = GPT.from_pretrained(str(tmp_path / "several"))
-    assert same_weights(several, GPT.from_pretrained(folder))
+    several = pretrained.load(str(tmp_path / "several"))
+    assert same_weights(several, pretrained.load(folder))
 
 
 @pytest.mark.parametrize("family", ["llama2", "llama3"])
@@ -177,7 +177,7 @@ def test_both_layouts_of_the_rope_settings_are_read_and_written(open_models, fam
             folder, tmp_path / key, rope_parameters=None, rope_theta=theta, rope_scaling=scaling
         )
         assert pretrained.read_config(old) == sizes
-    GPT.from_pretrained(folder).save_pretrained(tmp_path / "new")
+    pretrained.save(pretrained.load(folder), tmp_path / "new")
     for name, gone in {"as4": ["rope_parameters"], "as5": ["rope_theta", "rope_scaling"]}.items():
         layout = edited(tmp_path / "new", tmp_path / name, **dict.fromkeys(gone))
         assert pretrained.read_config(layout) == sizes
@@ -199,14 +199,14 @@ def test_fields_that_older_folders_leave_out_have_their_meaning(open_models, tmp
 
 def test_the_dtype_asked_for_is_that_of_the_weights_and_of_what_is_written(open_models, tmp_path):
     _, folder = open_models["qwen3"]
-    half = GPT.from_pretrained(folder, torch.bfloat16)
+    half = pretrained.load(folder, torch.bfloat16)
     assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
     assert (half.cos.dtype, half.sin.dtype) == (torch.float32, torch.float32)
-    half.save_pretrained(tmp_path / "half")
+    pretrained.save(half, tmp_path / "half")
     assert reload(tmp_path / "half").dtype == torch.bfloat16
     raw = json.loads((tmp_path / "half/config.json").read_text())
     assert raw["dtype"] == raw["torch_dtype"] == "bfloat16"
-    assert same_weights(GPT.from_pretrained(tmp_path / "half", torch.bfloat16), half)
+    assert same_weights(pretrained.load(tmp_path / "half", torch.bfloat16), half)
 
 
 def test_a_source_gives_its_companions_and_the_fields_that_are_not_ours(open_models, tmp_path):
@@ -217,7 +217,7 @@ def test_a_source_gives_its_companions_and_the_fields_that_are_not_ours(open_mod
     for name in pretrained.COMPANIONS[:3]:
         (source / name).write_text(name)
     (source / "README.md").write_text("not copied")
-    GPT.from_pretrained(folder).save_pretrained(tmp_path / "out", source)
+    pretrained.save(pretrained.load(folder), tmp_path / "out", source)
     raw = json.loads((tmp_path / "out/config.json").read_text())
     assert (raw["eos_token_id"], raw["note"]) == ([5, 7], "kept")
     assert raw["max_position_embeddings"] == 160
@@ -235,7 +235,7 @@ def test_buffers_and_a_tied_head_that_was_stored_after_all_are_no_surprise(open_
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
     more = weights_edited(folder, tmp_path / "more", edit)
-    assert same_weights(GPT.from_pretrained(more), GPT.from_pretrained(folder))
+    assert same_weights(pretrained.load(more), pretrained.load(folder))
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def test_configurations_of_another_kind_are_refused_by_name(
 ):
     other = edited(open_models[family][1], tmp_path / "other", **changes)
     with pytest.raises(ValueError, match=named) as error:
-        GPT.from_pretrained(other)
+        pretrained.load(other)
     assert "\n" not in str(error.value)
 
 
@@ -289,7 +289,7 @@ def cut_rows(name, tensors):
 def test_tensors_that_do_not_fit_are_refused_by_name(open_models, edit, named, tmp_path):
     broken = weights_edited(open_models["llama2"][1], tmp_path / "broken", edit)
     with pytest.raises(ValueError, match=named):
-        GPT.from_pretrained(broken)
+        pretrained.load(broken)
 
 
 def test_missing_and_damaged_files_are_refused_by_name(open_models, tmp_path):
@@ -300,7 +300,7 @@ def test_missing_and_damaged_files_are_refused_by_name(open_models, tmp_path):
         reference.save_pretrained(tmp_path / "broken", **options)
         break_it(tmp_path / "broken")
         with pytest.raises(ValueError, match=named):
-            GPT.from_pretrained(tmp_path / "broken")
+            pretrained.load(tmp_path / "broken")
 
     def writes(name, text):
         return lambda folder: (folder / name).write_text(text)
@@ -323,7 +323,7 @@ def test_missing_and_damaged_files_are_refused_by_name(open_models, tmp_path):
 
 def test_a_folder_is_written_whole_or_not_at_all(open_models, tmp_path, monkeypatch):
     _, folder = open_models["llama2"]
-    gpt, out = GPT.from_pretrained(folder), tmp_path / "place" / "out"
+    gpt, out = pretrained.load(folder), tmp_path / "place" / "out"
 
     def fail(tensors, path, metadata):
         Path(path).write_bytes(b"half of it")
@@ -332,18 +332,18 @@ def test_a_folder_is_written_whole_or_not_at_all(open_models, tmp_path, monkeypa
     with monkeypatch.context() as broken:
         broken.setattr(safetensors.torch, "save_file", fail)
         with pytest.raises(OSError, match="disk full"):
-            gpt.save_pretrained(out, folder)
+            pretrained.save(gpt, out, folder)
     assert not list(out.parent.iterdir())
-    gpt.save_pretrained(out)
+    pretrained.save(gpt, out)
     before = (out / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="out exists"):
-        GPT.from_pretrained(open_models["qwen3"][1]).save_pretrained(out)
+        pretrained.save(pretrained.load(open_models["qwen3"][1]), out)
     assert (out / "model.safetensors").read_bytes() == before
     with pytest.raises(ValueError, match="cannot read .*nowhere.config.json"):
-        gpt.save_pretrained(tmp_path / "new", tmp_path / "nowhere")
+        pretrained.save(gpt, tmp_path / "new", tmp_path / "nowhere")
     both = GPT(GPTConfig(vocab_size=7, qk_norm=True, qkv_bias=True))
     with pytest.raises(ValueError, match="both qk_norm and qkv_bias"):
-        both.save_pretrained(tmp_path / "new")
+        pretrained.save(both, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -351,9 +351,9 @@ def test_without_safetensors_the_message_names_the_version_that_is_tested(
     open_models, tmp_path, monkeypatch
 ):
     _, folder = open_models["llama2"]
-    gpt = GPT.from_pretrained(folder)
+    gpt = pretrained.load(folder)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    for act in (lambda: GPT.from_pretrained(folder), lambda: gpt.save_pretrained(tmp_path / "out")):
+    for act in (lambda: pretrained.load(folder), lambda: pretrained.save(gpt, tmp_path / "out")):
         with pytest.raises(ValueError, match="need: pip install safetensors==") as error:
             act()
         assert str(error.value).split("==")[1] == safetensors.__version__

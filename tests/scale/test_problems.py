@@ -81,7 +81,7 @@ def test_draws_are_without_repetition_and_differ_by_the_generator(settings):
 def test_a_row_is_the_conversation_with_the_attempts_between(settings, checkpoint):
     """What a base imitates, and what a policy samples: both are laid out the same."""
     task, tokenizer = problems.task(settings(GSM8K, GSM8K[:1])), chat.read_tokenizer(checkpoint)
-    prompts, attempts = task.documents(5, np.random.default_rng(3), clean=False)
+    prompts, attempts = task.documents(5, np.random.default_rng(3))
     asked = task.draw(5, "train", np.random.default_rng(3))
     r = rollout.make_rows(prompts, attempts, task.instruction, "cpu")
     for b, problem in enumerate(asked):

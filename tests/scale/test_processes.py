@@ -12,14 +12,13 @@ from functools import partial
 import pytest
 
 import score
-from model import load
 from scale import processes, train
 from tests.scale import wide
 from tests.truth import ROOT
 
 KINDS = {
-    "score": dict(offline=0.4, adaptive_beta2=1),
-    "three_turn": dict(chunk=0, recompute=0),
+    "score": dict(offline=0.4),
+    "multi_turn": dict(chunk=0, recompute=0),
     "star_stage2": dict(micro_batch=0),
     "pair_sft": dict(sample_batch=0),
 }
@@ -72,7 +71,7 @@ def several(jobs):
 
 def test_two_processes_do_what_one_does_and_take_turns_with_it(tmp_path, monkeypatch, capsys):
     """Log, weights and files, of each kind of step. Some are stopped after 9 and 12, or 12, of 13
-    steps, in the last phase with best weights to remember, and go on in the other number."""
+    steps, and go on in the other number."""
     monkeypatch.setattr(score, "BLOCK", 2)
     for method, settings in KINDS.items():
         settings = wide.SMALL | wide.PARTS | dict(save_every=1, method=method) | settings
@@ -89,7 +88,6 @@ def test_two_processes_do_what_one_does_and_take_turns_with_it(tmp_path, monkeyp
     for name in ("two", "early", "late"):
         for folder in (tmp_path / name).iterdir():
             wide.assert_same(tmp_path / "one" / folder.name, folder)
-    assert load(tmp_path / "one/score/score.pt")["step"] == 2  # the best, not the last
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,7 @@ from tests.scale import wide
 from verify import Verdict
 
 KINDS = {
-    "score": dict(offline=0.4, adaptive_beta2=1),
-    "three_turn": dict(pool=9, base_attempts=3),
+    "score": dict(offline=0.4),
     "multi_turn": dict(kl="k1"),
     "single_turn": dict(temperature=0.7),
     "star_stage2": {},
@@ -45,7 +44,7 @@ def test_a_run_in_parts_is_the_run_of_the_study(tmp_path, method):
 
 @pytest.fixture
 def run(tmp_path):
-    run = wide.new_run(wide.Config(**wide.SMALL | dict(size=1, chunk=3)), tmp_path)
+    run = wide.new_run(wide.Config(**wide.SMALL | dict(chunk=3)), tmp_path)
     return replace(run, rng=np.random.default_rng(0))
 
 
@@ -93,7 +92,7 @@ def test_a_sampler_that_disagrees_stops_the_run(run):
         run.config = replace(run.config, dtype=dtype)
         rows = replace(r, logp_BS=r.logp_BS.clone())
         rows.logp_BS[b, s] += off
-        return steps.rl_update(run, rows, reward_KB, stage, run.base)["gap"]
+        return steps.rl_update(run, rows, reward_KB, stage)["gap"]
 
     assert gap("float32", 0.0) < 1e-12 and 0.04 < gap("bfloat16", 0.1) < 0.2
     for dtype, off in (("float32", 2e-3), ("bfloat16", torch.nan)):

@@ -6,6 +6,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, processo
 from tokenizers import pre_tokenizers as cut
 
 from model import GPT, GPTConfig
+from scale import pretrained
 
 SPECIAL = {
     "chatml": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
@@ -47,6 +48,6 @@ def tokenizer(family: str) -> Tokenizer:
 def checkpoint(folder: Path, family: str = "chatml") -> Path:
     """Write a folder of a model that reads 512 tokens, with more of them than its tokenizer has."""
     sizes = dict(n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=48, max_positions=512)
-    GPT(GPTConfig(384, **sizes, qkv_bias=True, tied_head=True)).save_pretrained(folder)
+    pretrained.save(GPT(GPTConfig(384, **sizes, qkv_bias=True, tied_head=True)), folder)
     tokenizer(family).save(str(folder / "tokenizer.json"))
     return folder

@@ -1,6 +1,7 @@
 """Runs of scale/train.py in float64, paid by a lottery that even an untrained policy wins."""
 
 import json
+import zlib
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,7 +12,7 @@ from model import load
 from scale import train
 
 SMALL = dict(
-    size=2, n_layer=2, d_model=16, d_ff=24, sft_steps=8, sft_batch=6, sft_lr=3e-2, stage1_steps=2,
+    size=4, n_layer=2, d_model=16, d_ff=24, sft_steps=8, sft_batch=6, sft_lr=3e-2, stage1_steps=2,
     stage2_steps=3, batch=12, group=2, iterations=2, eval_n=4,
 )  # fmt: skip
 PARTS = dict(micro_batch=5, sample_batch=6, chunk=4, recompute=1, save_every=3, sft_warmup=0)
@@ -29,7 +30,7 @@ def assert_same(expected, found):
     assert {x.name for x in expected.glob("*.pt")} == {x.name for x in found.glob("*.pt")}
     for path in expected.glob("*.pt"):
         weights, same = (load(x / path.name) for x in (expected, found))
-        assert weights["step"] == same["step"]
+        assert weights.get("step") == same.get("step")
         for kind in {"model", "policy", "base"} & weights.keys():
             for name, x in weights[kind].items():
                 torch.testing.assert_close(same[kind][name], x, rtol=1e-9, atol=1e-9)
@@ -37,10 +38,10 @@ def assert_same(expected, found):
 
 
 def lottery(answer: str, gold: str) -> verify.Verdict:
-    """Return a verdict that hangs on each character, and none on a fifth of the problems."""
-    if int(gold) % 5 == 0:
+    """Return a verdict that hangs on each character, and none on about a fifth of the problems."""
+    if sum(verify.signed(gold)) % 5 == 0:
         return verify.Verdict(None, "error")
-    return verify.Verdict(int(sum(map(ord, answer)) % 2), "right")
+    return verify.Verdict(int(zlib.crc32(answer.encode()) % 3 > 0), "right")
 
 
 def widened(run):

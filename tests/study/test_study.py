@@ -4,19 +4,16 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-import rollout
 import score
-import verify
 from study import __main__ as study
 from study import figures, measure, methods, tables
-from tests.study.test_methods import TINY, made, same, weights
+from tests.study.test_methods import TINY, same, weights
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "study/results"
@@ -59,7 +56,7 @@ def finished(tmp_path_factory):
 def test_a_study_ends_with_one_json_tables_and_figures(finished):
     runs, said = finished
     folder = runs / "quick-results"
-    names = {"quick.json", "quick.md", *(f"{name}.png" for name in figures.FIGURES)}
+    names = {"quick.json", "quick.md", "curves.png"}
     assert {path.name for path in folder.iterdir()} == names
     assert (folder / "quick.md").read_text() in said and "10/10" in said
     found = json.loads((folder / "quick.json").read_text())
@@ -68,9 +65,7 @@ def test_a_study_ends_with_one_json_tables_and_figures(finished):
     ]
     for run in found:
         assert (run["n"], run["split"], run["threads"]) == (8, "test", 1) and run["commit"]
-        if run["name"] in ("score", "pair_sft"):
-            assert [row["step"] for row in run["watched"]][:2] == [0, 10]
-            assert run["watched"][-1]["step"] == 21 == run["curve"][-1]["step"]
+        assert not run["curve"] or run["curve"][-1]["step"] == 21
 
 
 def test_runs_of_a_seed_share_their_base_and_a_kill_left_no_trace(finished, tmp_path):
@@ -105,14 +100,18 @@ def test_bad_options_are_one_line(tmp_path, monkeypatch, capsys, words, said):
     assert status == 2 and said in text.splitlines()[-1] and not list(tmp_path.glob("*.md"))
 
 
+def jobs(c, names, seeds, rates, runs):
+    return measure.jobs(c, [("", {}, study.rows(names, rates))], seeds, runs, split="test")
+
+
 def test_jobs_are_done_once_and_differ_in_nothing_but_their_row(tmp_path):
     c = methods.Config(**SMALL)
-    bases, rest = study.jobs(c, ("star", "score", "star"), (0, 1, 0), "test", (None,), tmp_path)
+    bases, rest = jobs(c, ("star", "score", "star"), (0, 1, 0), (), tmp_path)
     assert [job.config.seed for job in bases] == [0, 1]
     found = [(job.name, job.config.seed, job.config.method) for job in rest]
     assert found == [(x, seed, x) for seed in (0, 1) for x in ("score", "star")]
-    _, rest = study.jobs(c, study.NAMES, (3,), *study.KINDS["tune"][2:], tmp_path)
-    assert len(rest) == len({job.folder for job in rest}) == 3 * 19
+    _, rest = jobs(c, study.NAMES, (3,), study.RATES, tmp_path)
+    assert len(rest) == len({job.folder for job in rest}) == 3 * 16
     for job in rest:
         own = tables.VARIANTS[job.name].options or dict(method=job.name)
         mine = dict(seed=3, base=str(tmp_path / "base-seed3"), lr=job.config.lr)
@@ -121,79 +120,15 @@ def test_jobs_are_done_once_and_differ_in_nothing_but_their_row(tmp_path):
 
 # --- what is measured -----------------------------------------------------------------------------
 
-PROBLEMS = [verify.Problem("1+1=", "2"), verify.Problem("2+3=", "5")]
-TASK = rollout.addition(methods.Config(**SMALL))
 
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Return two models that answer at several lengths."""
-    runs = [made(tmp_path_factory.mktemp("run") / "x", size=3, seed=s) for s in (0, 1)]
-    for run in runs:
-        with torch.no_grad():
-            run.policy.head.weight[0] += 0.3 * run.policy.norm.weight
-    return runs[0], runs[1].policy
-
-
-def test_attempts_in_sight_of_the_last_one_are_second_attempts(models, monkeypatch):
-    """Replayed one problem and one attempt at a time: each begins behind problem, last attempt and
-    instruction; with all attempts in sight the first two are the same."""
-    run, _ = models
-    problems, seen, real = verify.problems(5, "test", np.random.default_rng(0), 3), [], measure.say
-    monkeypatch.setattr(measure, "say", lambda *x, **y: seen.append(real(*x, **y)) or seen[-1])
-    found = measure.many_attempts(run.policy, run.task, problems, K=4)
-    whole, *single = [r for r, _ in seen]
-    assert (
-        [len(found[x]) for x in ("whole", "last")] == [4, 4] == [len(single), len(whole.attempts)]
-    )
-    assert [whole.attempts[i] for i in (0, 1)] == [r.attempts[0] for r in single[:2]]
-    for before, now in zip(single, single[1:], strict=False):
-        for b, problem in enumerate(problems):
-            ids = run.task.encode(problem.prompt) + before.attempts[0][b] + [13]
-            assert now.ids_BT[b, : len(ids)].tolist() == ids
-
-
-def test_repairs_are_of_the_authors_first_attempts_and_a_fresh_draw_of_none(models, monkeypatch):
-    run, author = models
-    problems, said = verify.problems(6, "test", np.random.default_rng(0), 3), []
-    verdicts = iter([[1, 1, 0, 0, 0, 0], [1, 0, 1, 0, 0, 0]] * 2)
-
-    def say(model, task, problems, temperature, seed, real=measure.say, **more):
-        r = real(model, task, problems, temperature, seed, **more)[0]
-        said.append((model, seed, temperature, r))
-        return r, np.array([next(verdicts)], dtype=bool)
-
-    monkeypatch.setattr(measure, "say", say)
-    found = measure.repairs(run.policy, author, run.task, problems, 0.5)
-    assert (found["repair_rate"], found["spoil_rate"]) == (0.25, 0.5)
-    (who1, _, _, first), (who2, _, _, second) = said
-    assert who1 is author and who2 is run.policy
-    for b, problem in enumerate(problems):
-        ids = run.task.encode(problem.prompt) + first.attempts[0][b] + [13]
-        assert second.ids_BT[b, : len(ids)].tolist() == ids
-    found = measure.resampled(run.policy, run.task, problems, 0.5)
-    assert (found["acc_t1"], found["repair_rate"]) == (2 / 6, 0.25)
-    assert [(x[0] is run.policy, *x[1:3]) for x in said[2:]] == [(True, 0, 0.5), (True, 1, 0.5)]
-    assert said[2][3].attempts != said[3][3].attempts and len(said[3][3].attempts) == 1
-
-
-def test_a_curve_is_of_means_of_steps():
-    rows = [dict(phase="ab"[i > 2], acc_t1=i / 10, acc_t2=i / 5, changed=1 - i / 10)
-            for i in range(5)]  # fmt: skip
-    assert measure.curve(rows, mean_of=2) == [
-        dict(step=2, phase="a", acc_t1=0.05, acc_t2=0.1, changed=0.95),
-        dict(step=4, phase="b", acc_t1=0.25, acc_t2=0.5, changed=0.75),
-        dict(step=5, phase="b", acc_t1=0.4, acc_t2=0.8, changed=0.6),
-    ]
-
-
-def test_the_shift_is_between_the_bases_and_the_policys_own_attempts(models, monkeypatch):
-    run, author = models
-    monkeypatch.setattr(run, "base", author)
-    monkeypatch.setattr(measure, "repairs", lambda model, author, *x: {
-        "repair_rate": (model is run.policy, author is run.base, x[-1])})  # fmt: skip
-    found = measure.shift(run, 5)
-    assert found == dict(fixed_sampled=(True, True, 1.0), own_sampled=(True, False, 1.0))
+def test_a_curve_is_of_means_of_steps(tmp_path):
+    run = score.open_run(score.create(methods.Config(**SMALL), tmp_path / "run"))
+    rows = [dict(phase="base", step=1, loss=3.0)]
+    rows += [dict(phase="ab"[i > 2], step=i % 3 + 1, x=i / 10) for i in range(5)]
+    rows += [dict(phase="c", step=1)]
+    (tmp_path / "run/log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [(x["phase"], x["step"], x["x"]) for x in measure.curve(run, ["x"], of=2)]
+    assert found == [("a", 2, 0.05), ("a", 3, 0.2), ("b", 5, 0.35)]
 
 
 # --- what is said ---------------------------------------------------------------------------------
@@ -247,15 +182,7 @@ def test_stage_1_alone_is_scores_run_before_stage_2():
 
 
 def test_other_tables_by_hand():
-    fixed, fresh = dict(repair_rate=0.2, spoil_rate=0.3), dict(repair_rate=0.7, spoil_rate=0.8)
-    runs = [run_of("score", seed, 0.6, 0.95, repairs_of_base=fixed, resampled=fresh)
-            for seed in (0, 1)]  # fmt: skip
-    assert cut(tables.repairs(dict(score=runs)))[2] == ["SCoRe", "20.0 ± 0.0", "50.0 ± 0.0",
-        "70.0 ± 0.0", "30.0 ± 0.0", "nan ± nan", "80.0 ± 0.0"]  # fmt: skip
-    three = {x: [0.1 + i, 0.2 + i, 0.3 + i] for i, x in
-             enumerate(("base", "stage1", "stage1b", "three_turn"))}  # fmt: skip
-    rows = cut(tables.three_attempts(dict(three_turn=[run | dict(three=three) for run in runs])))
-    assert rows[4][:4] == ["Stage I (b)", "210.0 ± 0.0", "220.0 ± 0.0", "230.0 ± 0.0"]
+    runs = [run_of("score", seed, 0.6, 0.95) for seed in (0, 1)]
     control = [run_of("multi_turn", seed, 0.5, 0.55 + seed / 10) for seed in (0, 1)]
     group = dict(base=runs, stage1=runs, score=runs, multi_turn=control)
     assert cut(tables.by_seed(group))[3] == [
@@ -269,89 +196,58 @@ def test_without_matplotlib_the_error_names_the_command(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ValueError, match="pip install matplotlib=="):
-        figures.draw([run_of("score", 0, 0.6, 0.9, attempts={})], tmp_path)
+        figures.draw([run_of(x, 0, 0.6, 0.9) for x in ("score", "multi_turn")], tmp_path)
 
 
 # --- the documents --------------------------------------------------------------------------------
 
-FILES = ("study", "three", "pool", "countdown", "tune", "seeds")
-
 
 def test_all_tables_are_those_of_the_results():
-    """Beside each file stand all of its tables; README has some, and no other."""
-    known = set()
-    for name in FILES:
-        text = tables.text(collected(name))
-        assert (RESULTS / f"{name}.md").read_text() == text, name
-        known |= {text.split("\n")[0], *tables.sections(collected(name)).values()}
+    """Beside the file stand all of its tables; README has some, and no other."""
+    text = tables.text(collected("study"))
+    assert (RESULTS / "study.md").read_text() == text
+    known = {text.split("\n")[0], *tables.sections(collected("study")).values()}
     found = re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE)
-    assert len(found) >= 7 and {x.strip() for x in found[1:]} <= known
+    assert len(found) >= 3 and {x.strip() for x in found[1:]} <= known
     assert set(re.findall(r"^\d+ runs, .*$", README, re.MULTILINE)) <= known
-    for name in figures.FIGURES:
-        assert f"(results/{name}.png)" in README and (RESULTS / f"{name}.png").is_file()
-    assert "182b68f" in README and len(README.splitlines()) <= 250
+    assert "(results/curves.png)" in README and (RESULTS / "curves.png").is_file()
+    assert len(README.splitlines()) <= 250
 
 
-def test_the_numbers_in_readmes_text_are_those_of_the_results():
-    group = tables.grouped(collected("study"))
-
-    def mean(name, get):
-        return f"{100 * np.mean([get(run) for run in group[name]]):.1f}"
-
-    text = " ".join(README.split())
-    for words, numbers in (
-        ("tenth is right in {} %, its second in {} %",
-         [mean("score", lambda run, i=i: run["attempts"]["last"][i]) for i in (9, 1)]),
-        ("falls from {} to {} %",
-         [mean("multi_turn", lambda run, i=i: run["curve"][i]["changed"]) for i in (0, -1)]),
-        ("SCoRe ends at {} and {} %", [f"{np.mean(tables.values(group['score'], key, True)):.1f}"
-                                       for key in ("acc_t1", "acc_t2")]),
-    ):  # fmt: skip
-        assert words.format(*numbers) in text, (words, numbers)
-    group = tables.grouped(collected("pool"))
-    overfit = [mean("multi_turn", get) for get in (
-        lambda run: run["curve"][-1]["acc_t1"],
-        lambda run: run["phases"]["multi_turn"]["sampled"]["acc_t1"])]  # fmt: skip
-    assert "right in {} % of its last training samples and {} %".format(*overfit) in text
-
-
-def test_the_results_have_every_method_of_five_seeds_and_its_own_settings():
-    """None left out; but for the row's own settings, all runs of a file have the same."""
-    study_names = [("base", x) for x in range(5)] + [(n, x) for n in study.NAMES for x in range(5)]
-    for name, names in (
-        ("study", study_names),
-        *((x, [(n, s) for n in ("base", "score", y) for s in range(5)]) for x, y in
-          (("three", "three_turn"), ("pool", "multi_turn"), ("countdown", "multi_turn"))),
-    ):  # fmt: skip
-        runs = collected(name)
-        assert sorted((run["name"], run["seed"]) for run in runs) == sorted(names)
-        usual = next(run["config"] for run in runs if run["name"] == "score")
-        for run in runs:
-            assert (run["split"], run["n"], run["threads"]) == ("test", 2000, 1)
-            own = tables.VARIANTS[run["name"]].options or dict(method=run["name"])
-            other = {key for key, x in run["config"].items() if usual.get(key, x) != x}
-            assert other <= {"seed", *own} and run["config"] | own == run["config"]
-    assert usual["task"] == "countdown" and collected("pool")[0]["config"]["pool"] == 256
-    assert {run["config"]["base_attempts"] for run in collected("three")} == {3}
-    assert {run["config"]["lr"] for run in collected("tune")} == set(study.RATES)
+def test_the_results_have_five_seeds_of_every_row_and_its_own_settings():
+    """None left out; but for the row's own settings, all runs have the same: the defaults."""
+    runs = collected("study")
+    names = {run["name"] for run in runs}
+    assert {"base", "score", "multi_turn", "no_stage1", "no_bonus"} <= names
+    assert sorted((run["name"], run["seed"]) for run in runs) == sorted(
+        (name, seed) for name in names for seed in range(5)
+    )
+    for run in runs:
+        assert (run["split"], run["n"], run["threads"]) == ("test", 2000, 1)
+        own = tables.VARIANTS[run["name"]].options or dict(method=run["name"])
+        c = methods.Config(**own | {key: run["config"][key] for key in ("seed", "base")})
+        assert run["config"] == asdict(c)
 
 
 def test_what_was_asked_of_every_seed_holds():
-    group = tables.grouped(collected("seeds"))
-    assert [run["seed"] for run in group["score"]] == list(range(5))
+    group = tables.grouped(collected("study"))
 
     def of(name, key):
         return np.array(tables.values(group[name], key))
 
-    t1, delta = of("base", "acc_t1"), of("score", "delta")
-    assert (35 <= t1).all() and (t1 <= 65).all() and (of("base", "delta") <= 2).all()
-    assert (abs(of("stage1", "acc_t1") - t1) <= 6).all() and (of("score", "acc_t2") >= 85).all()
-    assert (delta >= 25).all() and (delta > of("multi_turn", "delta")).all()
-    assert (of("score", "delta_c_to_i") <= 3).all()
+    gain = of("score", "acc_t2") - of("multi_turn", "acc_t2")
+    assert (abs(of("multi_turn", "delta")) <= 2).all()
+    assert (of("multi_turn", "changed") <= 3).all()
+    assert (gain > 0).all() and gain.mean() >= 8
+    assert (of("score", "delta") >= 20).all() and (of("score", "delta_c_to_i") <= 3).all()
+    assert (of("score", "acc_t2") >= 80).all()
+    assert (of("base", "delta") >= -5).all() and (of("base", "delta") <= 1).all()
+    rates = [run["phases"]["base"]["sampled"]["repair_rate"] for run in group["base"]]
+    assert max(rates) <= 0.03
 
 
 def test_the_rows_of_the_study_are_settings_of_equal_budget():
     for name in study.NAMES:
         c = methods.Config(**tables.VARIANTS[name].options or dict(method=name))
-        assert sum(phase.steps for phase in methods.schedule(c)[1:]) == 100
+        assert sum(x.steps for x in methods.schedule(c)[1:]) == c.stage1_steps + c.stage2_steps
         assert score.Config(**{key: getattr(c, key) for key in ("beta1", "beta2", "lr", "batch")})
