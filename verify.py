@@ -129,18 +129,17 @@ def split_of(key_N: np.ndarray) -> np.ndarray:
     return np.where(bucket_N == 0, "test", np.where(bucket_N == 1, "dev", "train"))
 
 
-def choices(M: int) -> np.ndarray:
-    """Return all ways to sign M numbers, 1 or -1 [C, M]; the first number is always added."""
-    return np.array([(1, *signs) for signs in itertools.product((1, -1), repeat=M - 1)])
-
-
 def draw(n: int, split: str, rng: np.random.Generator, M: int):
-    """Draw n problems of one split: numbers [N, M], uniform; targets [N], each the sum that a
-    random choice of signs gives, and not negative; and the first choice that solves each [N, M].
-    The same numbers in another order, with the same target, are always in the same split."""
+    """Draw n problems of one split. Return their numbers [N, M], uniform; targets [N], each the sum
+    that a random choice of signs gives, and not negative; all choices, of 1 and -1 [C, M], of which
+    the first number is always added; and which of them solve which problem [N, C].
+
+    The same numbers in another order, with the same target, are always in the same split.
+    """
     if not 2 <= M <= 9 or split not in ("train", "dev", "test"):
         raise ValueError(f"2 to 9 numbers of split train, dev or test, got {M} of {split!r}")
-    x_NM, target_N, sign_CM = np.zeros((0, M), int), np.zeros(0, int), choices(M)
+    sign_CM = np.array([(1, *signs) for signs in itertools.product((1, -1), repeat=M - 1)])
+    x_NM, target_N = np.zeros((0, M), int), np.zeros(0, int)
     while len(x_NM) < n:
         more_NM = rng.integers(1, LARGEST + 1, ((2 if split == "train" else 20) * n, M))
         more_N = (more_NM * rng.choice(sign_CM, len(more_NM))).sum(axis=1)
@@ -148,7 +147,7 @@ def draw(n: int, split: str, rng: np.random.Generator, M: int):
         kept_N = (more_N >= 0) & (split_of(abs(key_N)) == split)
         x_NM, target_N = np.r_[x_NM, more_NM[kept_N]], np.r_[target_N, more_N[kept_N]]
     x_NM, target_N = x_NM[:n], target_N[:n]
-    return x_NM, target_N, sign_CM[(x_NM @ sign_CM.T == target_N[:, None]).argmax(axis=1)]
+    return x_NM, target_N, sign_CM, x_NM @ sign_CM.T == target_N[:, None]
 
 
 def written(x_NM, target_N, *signs_NM) -> list[tuple[str, ...]]:
@@ -166,11 +165,12 @@ def problems(n: int, split: str, rng: np.random.Generator, M: int) -> list[Probl
       ValueError: M or split out of range, or the split has fewer problems of M numbers.
 
     >>> problems(1, "train", np.random.default_rng(0), M=5)[0][:2]
-    ('1 1 1 1 4 =2', '+1-1-1-1+4')
+    ('6 4 4 2 2 =6', '+6+4-4+2-2')
     """
     found: dict[str, str] = {}
     for _ in range(100):
-        found |= written(*draw(n, split, rng, M))
+        x_NM, target_N, sign_CM, solves_NC = draw(n, split, rng, M)
+        found |= written(x_NM, target_N, sign_CM[solves_NC.argmax(axis=1)])
         if len(found) >= n:
             return [Problem(*pair) for pair in list(found.items())[:n]]
     raise ValueError(f"found only {len(found)} of {n} problems of {M} numbers in {split!r}")
@@ -194,8 +194,8 @@ def corpus(
     can be (none if it is right), and of a careless one, that solution with each sign turned with
     probability 0.15; the other revisions are copies of the draft.
     """
-    (x_NM, target_N, solution_NM), sign_CM = draw(n, "train", rng, M), choices(M)
-    solves_NC = x_NM @ sign_CM.T == target_N[:, None]
+    x_NM, target_N, sign_CM, solves_NC = draw(n, "train", rng, M)
+    solution_NM = sign_CM[solves_NC.argmax(axis=1)]
     hard_NM = (solution_NM < 0) & (x_NM > np.roll(x_NM, 1, axis=1))
 
     def slips(chance):

@@ -150,9 +150,10 @@ def test_a_run_that_is_not_worth_reading_is_said_to_be_so(given, words):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Return the folder of a finished run. Its policies still answer at random."""
+    """Return the folder of a finished run. Its policies learned enough to differ."""
     folder = tmp_path_factory.mktemp("eval") / "run"
-    score.drive(score.open_run(score.create(replace(TINY, eval_n=40), folder)))
+    c = replace(TINY, sft_steps=40, sft_lr=0.2, eval_n=40)
+    score.drive(score.open_run(score.create(c, folder)))
     return folder
 
 
