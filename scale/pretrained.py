@@ -1,8 +1,8 @@
 """How are open weights read and written? Hugging Face folders of Llama, Qwen2, Qwen3 and SmolLM2.
 
-A folder holds a config.json and one or
-several files of weights. What our model does not compute is refused by name, not approximated. A
-written folder says what it holds in the words of transformers 4 and of 5, so that both load it.
+A folder holds a config.json and one or several files of weights. What our model does not compute is
+refused by name, not approximated. A written folder says what it holds in the words of transformers
+4 and of 5, so that both load it.
 
     pip install safetensors==0.8.0
     python -c "from scale import pretrained; print(pretrained.load('Qwen2.5-0.5B-Instruct').config)"

@@ -13,11 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent import futures
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -32,15 +30,9 @@ from study.methods import Config
 
 
 def mean(rows: list[dict], keys) -> dict:
-    """Return the means over steps, or blocks of them, each weighted by the number under its name
-    and "_n", of which the sum is returned, too. What no step has is left out."""
-    found = {}
-    for key in keys:
-        pairs = [(row[key], row.get(f"{key}_n", 1)) for row in rows if key in row]
-        if n := sum(n for _, n in pairs):
-            found[key] = float(f"{sum(x * n for x, n in pairs) / n:.4g}")
-            found |= {f"{key}_n": n} if f"{key}_n" in rows[0] else {}
-    return found
+    """Return the means over steps. What no step has is left out."""
+    columns = {key: [row[key] for row in rows if key in row] for key in keys}
+    return {key: float(f"{sum(x) / len(x):.4g}") for key, x in columns.items() if x}
 
 
 def curve(run: Run, keys, of: int) -> list[dict]:
@@ -60,11 +52,7 @@ def measure(run: Run, job: "Job") -> dict:
 
 
 class Job(NamedTuple):
-    """One run of a study, and on how many problems of which split it is measured.
-
-    keep: `(run, job) -> dict` of what is kept; look: `(run, step) -> log`, which takes each step
-    after the base; both of a module that spawned processes import.
-    """
+    """One run of a study, and on how many problems of which split it is measured."""
 
     name: str
     config: Config
@@ -72,8 +60,6 @@ class Job(NamedTuple):
     n: int
     split: str
     commit: str
-    keep: Callable = measure
-    look: Callable | None = None
 
 
 def work(job: Job) -> dict:
@@ -88,12 +74,9 @@ def work(job: Job) -> dict:
                              "--runs")  # fmt: skip
         if path.exists():
             return json.loads(path.read_text())
-        if job.look:
-            look = partial(partial, job.look)
-            run.phases[1:] = [x._replace(step=look(step=x.step)) for x in run.phases[1:]]
         drive(run)
         found = dict(name=job.name, commit=job.commit, threads=torch.get_num_threads())
-        found |= job.keep(run, job)
+        found |= measure(run, job)
     found["wall_seconds"] = round(time.monotonic() - start, 1) if new else None
     path.with_suffix(".part").write_text(json.dumps(found) + "\n")
     path.with_suffix(".part").replace(path)
@@ -103,23 +86,21 @@ def work(job: Job) -> dict:
 # --- many -----------------------------------------------------------------------------------------
 
 
-def jobs(c: Config, levels: list, seeds, runs: Path, **about) -> tuple[list[Job], list[Job]]:
+def jobs(c: Config, rows: dict, seeds, runs: Path, split: str) -> tuple[list[Job], list[Job]]:
     """Return the bases, and the runs that start from them, each once.
 
-    levels: what the names of its folders begin with, the settings of its bases, and of its runs
-    name and further settings by the folder's name. about: fields of the jobs.
+    rows: of the runs of a seed, name and further settings by the folder's name.
     """
     words = f"git -C '{ROOT}' describe --always --exclude='*' --dirty=+"
     failed, commit = subprocess.getstatusoutput(words)
-    about |= dict(n=c.eval_n, commit="unknown" if failed else commit)
+    about = dict(n=c.eval_n, split=split, commit="unknown" if failed else commit)
     bases, rest = [], []
-    for place, shared, rows in levels:
-        for seed in dict.fromkeys(seeds):
-            base, folder = replace(c, method="base", seed=seed, **shared), f"{place}base-seed{seed}"
-            bases.append(Job("base", base, runs / folder, **about))
-            for end, (name, own) in rows.items():
-                mine = replace(base, base=str(runs / folder), **own)
-                rest.append(Job(name, mine, runs / f"{place}{end}-seed{seed}", **about))
+    for seed in dict.fromkeys(seeds):
+        base, folder = replace(c, method="base", seed=seed), runs / f"base-seed{seed}"
+        bases.append(Job("base", base, folder, **about))
+        for place, (name, own) in rows.items():
+            mine = replace(base, base=str(folder), **own)
+            rest.append(Job(name, mine, runs / f"{place}-seed{seed}", **about))
     return bases, rest
 
 
@@ -158,12 +139,12 @@ OPTIONS = {
 REFUSED = "--run", "--resume", "--base", "--seed", "--method"  # which a study itself sets
 
 
-def command(argv, prog: str, kinds: dict, options: dict, collect, text, draw, own=()) -> int:
+def command(argv, prog: str, kinds: dict, options: dict, collect, text, draw) -> int:
     """Do a study, or go on with it; write its JSON, tables and figures. Return the exit status.
 
     kinds: help of options of which one may be given; options: those that may be added. collect:
     `(args, words) -> (path, data)`, which trains and measures what is asked for; text, draw:
-    `(data) -> str` and `(data, folder)`. own: options that are refused, too.
+    `(data) -> str` and `(data, folder)`.
     """
     about = "Further options, for all runs: those of study.train."
     parser = argparse.ArgumentParser(f"python -m {prog}", description=about, allow_abbrev=False)
@@ -175,7 +156,7 @@ def command(argv, prog: str, kinds: dict, options: dict, collect, text, draw, ow
         parser.add_argument(option, **more)
     args, words = parser.parse_known_args(argv)
     try:
-        if refused := {word.split("=")[0] for word in words} & {*REFUSED, *own}:
+        if refused := {word.split("=")[0] for word in words} & {*REFUSED}:
             raise ValueError(f"{min(refused)} is not for a study, which sets it: see --help")
         path, data = (args.table, None) if args.table else collect(args, words)
         if data:

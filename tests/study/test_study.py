@@ -101,7 +101,7 @@ def test_bad_options_are_one_line(tmp_path, monkeypatch, capsys, words, said):
 
 
 def jobs(c, names, seeds, rates, runs):
-    return measure.jobs(c, [("", {}, study.rows(names, rates))], seeds, runs, split="test")
+    return measure.jobs(c, study.rows(names, rates), seeds, runs, "test")
 
 
 def test_jobs_are_done_once_and_differ_in_nothing_but_their_row(tmp_path):
