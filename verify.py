@@ -191,8 +191,8 @@ def corpus(
     draft is wrong where the solution has such a minus.
 
     rights, careless: probabilities of a right revision, which turns as few signs of the draft as
-    can be (none if it is right), and of a careless one, that solution with each sign turned with
-    probability 0.15; the other revisions are copies of the draft.
+    can be (none if it is right), and of a careless one, which is the first solution, each sign
+    turned with probability 0.15; the other revisions are copies of the draft.
     """
     x_NM, target_N, sign_CM, solves_NC = draw(n, "train", rng, M)
     solution_NM = sign_CM[solves_NC.argmax(axis=1)]
