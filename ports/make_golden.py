@@ -27,9 +27,9 @@ import eval as evaluation
 import score
 from model import GPT, GPTConfig
 from ports.check_port import GOLDEN, ORDER, read
-from ports.tensors import spread
+from ports.tensors import k1_terms, spread
 from rollout import Rollout, Task, make_rows, rollout, token_terms, truncated
-from study.methods import k1_terms, offline_rollout
+from study.methods import offline_rollout
 
 STAGES = {"stage1": score.stage1, "stage2": score.stage2}
 FORMS = {"exact": token_terms, "k1": k1_terms}

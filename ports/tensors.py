@@ -1,7 +1,8 @@
 """SCoRe for a stack that takes numbers for each token, and for one that takes advantages alone.
 
 score.py's stages say who is paid and who is held: the advantage of each attempt, the weight of its
-KL. `spread` gives them to the tokens; `fold` leaves one number a token, the KL in it.
+KL. `spread` gives them to the tokens; `fold` leaves one number a token, the KL in it, estimated
+from the tokens that came; `k1_terms` is that KL for score.py's loss.
 
     python -m doctest -v ports/tensors.py
 
@@ -9,6 +10,8 @@ Dimension key: B rows (rollouts), S scored positions, K attempts.
 """
 
 import torch
+
+from rollout import Rollout, log_probs
 
 
 def spread(turn_BS, advantage_KB, weight_K):
@@ -40,3 +43,20 @@ def fold(advantage_BS, weight_BS, logp_BS, ref_logp_BS, turn_BS):
         to_go_BS = (cost_BS * mask_BS).flip(1).cumsum(1).flip(1)
         advantage_BS = advantage_BS - to_go_BS * mask_BS
     return advantage_BS
+
+
+def k1_terms(policy, base, r: Rollout, temperature: float):
+    """Return what `rollout.token_terms` does, but each KL is estimated by the token that came.
+
+    Its value is log(policy / base). Its gradient is that value times the gradient of log p: the
+    value's own gradient would be 0 on average. Source: k1 of Schulman, joschu.net/blog/kl-approx.
+    """
+
+    def of_tokens(model):
+        logp_BSV = log_probs(model(r.ids_BT[:, :-1]), temperature)
+        return logp_BSV.gather(-1, r.ids_BT[:, 1:, None])[..., 0]
+
+    logp_BS = of_tokens(policy)
+    with torch.no_grad():
+        k1_BS = logp_BS - of_tokens(base)
+    return logp_BS, k1_BS * (1 + logp_BS - logp_BS.detach())

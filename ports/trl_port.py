@@ -2,7 +2,7 @@
 
 TRL samples, scores the frozen base, runs the optimizer and logs. What it lacks is here: two turns
 (`two_turns`), advantages and KL weights for each turn, and a loss of sums (`ScoreTrainer`). The KL
-is folded into the advantages, which has the gradient of `--kl k1` in study/methods.py.
+is folded into the advantages, which has the gradient of `tensors.k1_terms`.
 
     python ports/trl_port.py results.json      # its gradient in the golden case `triples`
     python ports/check_port.py results.json --dtype float32

@@ -4,7 +4,7 @@ A row is one multi-turn response, `y1 p1 y2`, whose `response_mask` is 1 in the 
 the instruction, as verl's agent loops write it; `token_level_scores` has each attempt's reward, 0
 or 1, at one of its tokens. verl hands the whole batch to no estimator but the one that is named
 "gdpo", so that this one takes its name. `SETTINGS` has the rest, besides a rollout of two turns.
-The KL is folded into the advantages, which has the gradient of `--kl k1` in study/methods.py.
+The KL is folded into the advantages, which has the gradient of `tensors.k1_terms`.
 
     pip install verl==0.9.1 cachetools fastapi uvicorn tiktoken
     python ports/verl_port.py results.json     # its gradient in two golden cases

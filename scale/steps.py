@@ -19,7 +19,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from model import GPT
-from rollout import Rollout, grade, summary
+from rollout import Rollout, grade, log_probs, summary, token_terms
 from scale.memory import prepare
 from scale.processes import all_gather, gathered, my_rows, world_size
 from score import Phase, Run, loss
@@ -109,11 +109,11 @@ def rl_update(run: Run, r: Rollout, reward_KB, paid_and_held) -> dict:
     c, (advantage_KB, weight_K) = run.config, paid_and_held
     if reward_KB.isnan().any(dim=0).all():
         raise RuntimeError("no verdict on any row of the batch: the verifier has failed")
-    terms, models, gaps, kls = methods.KL_TERMS[c.kl], [run.policy, run.base], [], []
+    models, gaps, kls = [run.policy, run.base], [], []
     run.optimizer.zero_grad()
     for at in slices(my_rows(c.batch), c.micro_batch):
         rows = take(r, at)
-        logp_BS, kl_BS = in_chunks(terms, models, rows, c.temperature, c.chunk)
+        logp_BS, kl_BS = in_chunks(token_terms, models, rows, c.temperature, c.chunk)
         loss_B = loss(logp_BS, kl_BS, rows.turn_BS, [x[at] for x in advantage_KB], weight_K)
         (loss_B.sum() / c.batch).backward()
         gap_BS = (logp_BS.detach() - rows.logp_BS) * (rows.turn_BS > 0)
@@ -126,6 +126,12 @@ def rl_update(run: Run, r: Rollout, reward_KB, paid_and_held) -> dict:
     return log | dict(tokens=int((r.turn_BS > 0).sum()), episodes=c.batch)
 
 
+def came(model: GPT, r: Rollout, temperature: float) -> list[torch.Tensor]:
+    """Return the log-probability [B, S] of the tokens that came, alone in a list."""
+    logp_BSV = log_probs(model(r.ids_BT[:, :-1]), temperature)
+    return [logp_BSV.gather(-1, r.ids_BT[:, 1:, None])[..., 0]]
+
+
 def sft_update(run: Run, r: Rollout, mask_BS, temperature: float) -> dict:
     """Do what `score.sft_update` does, in parts; all processes have all rows."""
     c, tokens, losses = run.config, int(mask_BS.sum()), []
@@ -133,7 +139,7 @@ def sft_update(run: Run, r: Rollout, mask_BS, temperature: float) -> dict:
     for at in slices(my_rows(len(mask_BS)), c.micro_batch):
         rows = take(r, at)
         given = [run.policy], rows, temperature, c.chunk
-        (logp_BS,) = in_chunks(lambda *x: [methods.token_log_probs(*x)], *given)
+        (logp_BS,) = in_chunks(came, *given)
         part = -(logp_BS * mask_BS[at, : logp_BS.shape[1]]).sum() / tokens
         part.backward()
         losses.append(part.item())

@@ -63,14 +63,13 @@ class Config(methods.Config):
     sample_batch: int = 0  # rows sampled at a time, whole groups; 0: all
     chunk: int = 0  # positions whose distributions are in memory at a time; 0: all
     recompute: int = 0  # 1: blocks are computed again in the backward pass
-    compile: int = 0  # 1: fuse by torch.compile, in one process: for long runs of small models
     # the course of the run
     sft_warmup: int = 100  # steps of warm-up of the base
     save_every: int = 20  # steps between checkpoints
     tensorboard: int = 0  # 1: write what is logged for TensorBoard, too
 
     limits: ClassVar = methods.Config.limits | dict(
-        recompute=(0, 1), compile=(0, 1), save_every=(1, 10**9), tensorboard=(0, 1),
+        recompute=(0, 1), save_every=(1, 10**9), tensorboard=(0, 1),
         sft_steps=(0, 10**9),
     )  # fmt: skip
 
@@ -99,8 +98,6 @@ def new_run(c: Config, folder: Path) -> score.Run:
             raise ValueError(f"{option} must be a multiple of {each} times {n} processes: {rows}")
     if c.preset and c.digest != " ".join(problems.digests(c).values()):
         raise ValueError(f"{c.train} or {c.test} is not what the run began with")
-    if n > 1 and c.compile:
-        raise ValueError(f"--compile is for one process, got {n}")
     run = methods.new_run(c, folder)
     if c.preset:
         run.task = problems.task(replace(c, task={"math": "math", "mbpp": "code"}[c.preset]))
@@ -109,7 +106,7 @@ def new_run(c: Config, folder: Path) -> score.Run:
     weights = {name: x.clone() for name, x in run.policy.state_dict().items()}
     run.base = frozen(run.policy, weights, c)
     for gpt in (run.policy, run.base):
-        prepare(gpt, DTYPES[c.dtype], bool(c.recompute), bool(c.compile))
+        prepare(gpt, DTYPES[c.dtype], bool(c.recompute))
     run.phases = [in_parts(phase) for phase in run.phases]
     run.phases[0] = run.phases[0]._replace(warmup=c.sft_warmup)
     run.optimizer = score.adamw(run.policy)

@@ -43,7 +43,8 @@ def collect(args, words: list[str]) -> tuple[Path, list[dict]]:
     kind = "tune" if args.tune else "quick" if args.quick else "study"
     c, (names, seeds, split, rates) = parse(words, Config)[1], KINDS[kind]
     runs = args.runs or Path("runs") / f"study-{c.task}"
-    waves = jobs(c, rows(args.only or names, rates), args.seeds or seeds, runs, split)
+    levels = [("", {}, rows(args.only or names, rates))]
+    waves = jobs(c, levels, args.seeds or seeds, runs, split)
     kind += "-part" if args.only or args.seeds else ""
     return runs / f"{kind}-results" / f"{kind}.json", run_all(waves, args.workers)
 

@@ -1,6 +1,6 @@
-"""How does the study look? Its training curves.
+"""How does the study look? Its training curves, and the figures of study/map.py.
 
-Lines are means over seeds, in per cent; bands are one standard error.
+Lines are means over seeds, in per cent if nothing else is said; bands are one standard error.
 
     python -m study --table study/results/study.json    # draws beside it; needs matplotlib
 """
@@ -9,42 +9,113 @@ from pathlib import Path
 
 import numpy as np
 
-from study.tables import TITLES, grouped, mean_error
+from study.tables import TITLES, grouped, mean_error, values
 
 COLOURS = {  # Okabe and Ito's, told apart by the colour-blind
-    "score": "#0072B2",
-    "multi_turn": "#D55E00",
-}
+    "base": "#555555", "score": "#0072B2", "stage1": "#0072B2", "multi_turn": "#D55E00",
+    "pair_sft": "#CC79A7", "no_stage1": "#009E73", "no_bonus": "#E69F00",
+}  # fmt: skip
 ATTEMPTS, SAMPLES = {", attempt 2": "acc_t2", ", attempt 1": "acc_t1"}, "% of training samples"
 CURVES = [  # panels: title, y, methods, and keys of a curve by label
     ("SCoRe", f"right, {SAMPLES}", ["score"], ATTEMPTS),
     ("multi-turn RL", f"right, {SAMPLES}", ["multi_turn"], ATTEMPTS),
     ("second answers that differ", SAMPLES, ["score", "multi_turn"], {"": "changed"}),
 ]
+MAP = {  # panels: title and y
+    "acc_t2": ("right at the second attempt", "Acc@t2, %"),
+    "delta": ("gain of the second attempt", "Δ(t1,t2), points"),
+    "changed": ("second answers that differ", "% of all problems"),
+}
+REASONS = [  # panels: title, y, factor, and keys of a curve by label
+    ("groups with a sampled repair", "% of groups", 100, {"": "groups"}),
+    ("after a wrong first attempt", "advantage of attempt 2", 1,
+     {", changed": "changed_wrong", ", copied": "copied_wrong"}),
+    ("gradient of each attempt", "norm", 1, {", attempt 2": "norm2", ", attempt 1": "norm1"}),
+]  # fmt: skip
+LEAST = 0.02  # per cent: lower rates are drawn here, as a log axis has no 0
+TICKS = [x * 10**n for n in (-2, -1, 0, 1) for x in (1, 3)] + [100]
 
 
-def draw(runs: list[dict], folder: Path) -> None:
-    """Write the training curves of SCoRe and multi-turn RL, if there are both of one learning rate.
-    ValueError if matplotlib is missing."""
-    group = grouped(runs)
-    if "multi_turn" not in group or len({run["config"]["lr"] for run in runs}) > 1:
-        return
+def grid(rows: int):
+    """Return a figure, and its axes in rows of three; ValueError if matplotlib is missing."""
     try:
         from matplotlib import figure, rcParams
     except ImportError:
         raise ValueError("the figures need: pip install matplotlib==3.11.2") from None
     rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                      "grid.alpha": 0.25})  # fmt: skip
-    made = figure.Figure((11.4, 3.5), layout="constrained")
-    for axis, (title, ylabel, names, keys) in zip(made.subplots(1, 3), CURVES, strict=True):
-        for name in names:
-            for (label, key), style in zip(keys.items(), ("-", "--"), strict=False):
-                found = [{x["step"]: 100 * x[key] for x in run["curve"]} for run in group[name]]
-                x = sorted(set().union(*found))
+    made = figure.Figure((11.4, 0.5 + 3 * rows), layout="constrained")
+    return made, made.subplots(rows, 3, squeeze=False)
+
+
+def save(figure, path: Path) -> None:
+    """Write a figure, without naming the version that drew it."""
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def lines(axis, methods: dict, keys: dict, factor: float) -> None:
+    """Draw values by step, with a legend.
+
+    methods: the curves of all seeds, by name. keys: of what is drawn, by label.
+    """
+    for name, curves in methods.items():
+        for (label, key), style in zip(keys.items(), ("-", "--"), strict=False):
+            found = [{x["step"]: factor * x[key] for x in rows if key in x} for rows in curves]
+            if x := sorted(set().union(*found)):
                 columns = [[row[k] for row in found if k in row] for k in x]
                 mean, error = np.reshape([mean_error(y) for y in columns], (-1, 2)).T
                 axis.plot(x, mean, style, color=COLOURS[name], label=TITLES[name] + label)
                 axis.fill_between(x, mean - error, mean + error, color=COLOURS[name], alpha=0.2)
-        axis.legend(fontsize=7)
-        axis.set(title=title, xlabel="step", ylabel=ylabel, ylim=(0, 100))
-    made.savefig(folder / "curves.png", dpi=120, metadata={"Software": None})
+    axis.legend(fontsize=7)
+
+
+def draw(runs: list[dict], folder: Path) -> None:
+    """Write the training curves of SCoRe and multi-turn RL, if there are both of one learning
+    rate."""
+    group = grouped(runs)
+    if "multi_turn" in group and len({run["config"]["lr"] for run in runs}) == 1:
+        figure, axes = grid(1)
+        for axis, (title, ylabel, names, keys) in zip(axes[0], CURVES, strict=True):
+            lines(axis, {x: [run["curve"] for run in group[x]] for x in names}, keys, 100)
+            axis.set(title=title, xlabel="step", ylabel=ylabel, ylim=(0, 100))
+        save(figure, folder / "curves.png")
+
+
+def draw_map(tasks: dict, rate: str, path: Path) -> None:
+    """Write a map: a row a task, a colour a method, a point a run, a line through level means.
+
+    tasks: {task: {level: {method: runs by seed}}}. rate: of the base's, what x is.
+    """
+    figure, axes = grid(len(tasks))
+    what = "spoils, % of right" if rate == "spoil_rate" else "repairs, % of wrong"
+    for row, (task, levels) in zip(axes, tasks.items(), strict=True):
+        groups = list(levels.values())  # L levels of N seeds
+        x_LN = np.maximum([values(x["base"], rate, sampled=True) for x in groups], LEAST)
+        order_L = x_LN.mean(axis=1).argsort()
+        for axis, (key, (title, ylabel)) in zip(row, MAP.items(), strict=True):
+            for name in groups[0]:
+                y_LN = np.array([values(group[name], key) for group in groups])
+                axis.plot(*(z[order_L].mean(axis=1) for z in (x_LN, y_LN)), color=COLOURS[name],
+                          alpha=0.35)  # fmt: skip
+                axis.plot(x_LN.ravel(), y_LN.ravel(), "o", ms=4, alpha=0.75, color=COLOURS[name],
+                          label=TITLES[name])  # fmt: skip
+            axis.set(title=f"{task}: {title}", xlabel=f"base {what} first attempts", ylabel=ylabel,
+                     xscale="log")  # fmt: skip
+            low, high = axis.get_xlim()
+            axis.set_xticks([x for x in TICKS if low <= x <= high])
+            axis.minorticks_off()
+            axis.xaxis.set_major_formatter("{x:g}")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    save(figure, path)
+
+
+def draw_reasons(tasks: dict, path: Path) -> None:
+    """Write what the two attempts' gradients were made of. tasks: by what it is of, the curves of
+    `lines`."""
+    figure, axes = grid(len(tasks))
+    for row, (where, methods) in zip(axes, tasks.items(), strict=True):
+        for axis, (title, ylabel, factor, keys) in zip(row, REASONS, strict=True):
+            lines(axis, methods, keys, factor)
+            axis.set(title=title, xlabel=f"step  ({where})", ylabel=ylabel)
+        row[2].set(yscale="log", ylim=(1e-3, None))
+    save(figure, path)

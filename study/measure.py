@@ -1,4 +1,4 @@
-"""How are many runs trained and measured?
+"""How are many runs trained and measured? What the study and its map share.
 
 Runs are trained and measured one process each, on one thread, so that figures do not depend on the
 number of cores; a finished run is kept, a killed one resumed. All of a seed start from one base.
@@ -35,9 +35,9 @@ def mean(rows: list[dict], keys) -> dict:
     return {key: float(f"{sum(x) / len(x):.4g}") for key, x in columns.items() if x}
 
 
-def curve(run: Run, keys, of: int) -> list[dict]:
+def curve(folder: Path, keys, of: int) -> list[dict]:
     """Return the means over each so many of a run's steps, if there are any, but the base's."""
-    rows = map(json.loads, (run.folder / "log.jsonl").read_text().splitlines())
+    rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     found = enumerate((row for row in rows if row["phase"] != "base"), start=1)
     blocks = groupby(found, lambda x: (x[1]["phase"], (x[1]["step"] - 1) // of))
     blocks = (list(zip(*block, strict=True)) for _, block in blocks)
@@ -47,7 +47,7 @@ def curve(run: Run, keys, of: int) -> list[dict]:
 def measure(run: Run, job: "Job") -> dict:
     """Return what the study keeps of a finished run: eval.py's report, and its curve."""
     found = {key: x for key, x in report(run, job.split, job.n).items() if key != "examples"}
-    samples = curve(run, ("acc_t1", "acc_t2", "changed"), of=5)
+    samples = curve(run.folder, ("acc_t1", "acc_t2", "changed"), of=5)
     return found | dict(config=asdict(run.config), curve=samples)
 
 
@@ -86,21 +86,24 @@ def work(job: Job) -> dict:
 # --- many -----------------------------------------------------------------------------------------
 
 
-def jobs(c: Config, rows: dict, seeds, runs: Path, split: str) -> tuple[list[Job], list[Job]]:
+def jobs(c: Config, levels: list, seeds, runs: Path, split: str) -> tuple[list[Job], list[Job]]:
     """Return the bases, and the runs that start from them, each once.
 
-    rows: of the runs of a seed, name and further settings by the folder's name.
+    levels: what the names of its folders begin with; the settings of its bases; and of its runs
+    name and further settings by the folder's name.
     """
     words = f"git -C '{ROOT}' describe --always --exclude='*' --dirty=+"
     failed, commit = subprocess.getstatusoutput(words)
     about = dict(n=c.eval_n, split=split, commit="unknown" if failed else commit)
     bases, rest = [], []
-    for seed in dict.fromkeys(seeds):
-        base, folder = replace(c, method="base", seed=seed), runs / f"base-seed{seed}"
-        bases.append(Job("base", base, folder, **about))
-        for place, (name, own) in rows.items():
-            mine = replace(base, base=str(folder), **own)
-            rest.append(Job(name, mine, runs / f"{place}-seed{seed}", **about))
+    for place, shared, rows in levels:
+        for seed in dict.fromkeys(seeds):
+            base = replace(c, method="base", seed=seed, **shared)
+            folder = runs / f"{place}base-seed{seed}"
+            bases.append(Job("base", base, folder, **about))
+            for end, (name, own) in rows.items():
+                mine = replace(base, base=str(folder), **own)
+                rest.append(Job(name, mine, runs / f"{place}{end}-seed{seed}", **about))
     return bases, rest
 
 
@@ -146,7 +149,7 @@ def command(argv, prog: str, kinds: dict, options: dict, collect, text, draw) ->
     `(args, words) -> (path, data)`, which trains and measures what is asked for; text, draw:
     `(data) -> str` and `(data, folder)`.
     """
-    about = "Further options, for all runs: those of study.train."
+    about = "Further options, for all runs: those of study.methods."
     parser = argparse.ArgumentParser(f"python -m {prog}", description=about, allow_abbrev=False)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--table", type=Path, metavar="JSON", help="train nothing: show this study")

@@ -4,14 +4,15 @@ A method is a list of phases. A phase of reinforcement has a stage, which says w
 is held; a phase of imitation chooses second attempts and raises their likelihood. All take as many
 steps, samples and updates as SCoRe has in both stages.
 
-    python -m study.train --method star     # as score.py, with the settings below
-    python -m study.train --offline 1       # SCoRe, but the base writes Stage II's first attempts
+    python -m study.methods --method star     # as score.py, with the settings below
+    python -m study.methods --offline 1       # SCoRe, but the base writes Stage II's first attempts
 
 Source: arXiv 2409.12917v2, sections 4 to 6, and table 4. Dimension key: as in score.py.
 """
 
 import copy
 import json
+import sys
 from dataclasses import dataclass, fields
 from functools import partial
 from operator import attrgetter
@@ -23,8 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 import score
 from model import GPT, load
-from rollout import Rollout, Task, grade, log_probs, make_rows, rollout, summary, token_terms
+from rollout import Rollout, Task, grade, make_rows, rollout, summary, token_terms
 from score import Phase, Run, advantage, multi_turn, sft_update, stage1, stage2
+from study.reason import seen
 
 # --- settings -------------------------------------------------------------------------------------
 
@@ -41,7 +43,6 @@ class Config(score.Config):
     # the variant
     method: str = "score"  # what follows the base: study/README.md has the names
     base: str = ""  # folder of a run whose base is taken, instead of training one
-    kl: str = "exact"  # or k1: the KL is estimated from the tokens that came
     leak: int = 0  # 1: attempt 1 earns the progress bonus in Stage II, too
     offline: float = 0.0  # share of Stage II's problems whose attempt 1 the base writes
     iterations: int = 3  # how often STaR samples anew from what it has become
@@ -50,9 +51,8 @@ class Config(score.Config):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, accepted in (("method", METHODS), ("kl", ("exact", "k1"))):
-            if (value := getattr(self, name)) not in accepted:
-                raise ValueError(f"--{name} must be one of {', '.join(accepted)}, got {value!r}")
+        if self.method not in METHODS:
+            raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {self.method!r}")
 
 
 # --- stages: who is paid, who is held -------------------------------------------------------------
@@ -134,38 +134,18 @@ def join(parts: list[Rollout], device) -> Rollout:
 # --- steps of reinforcement: of pieces, which scale/steps.py has others for -----------------------
 
 
-def token_log_probs(model: GPT, r: Rollout, temperature: float) -> torch.Tensor:
-    """Return the log-probability [B, S] of the tokens that came."""
-    logp_BSV = log_probs(model(r.ids_BT[:, :-1]), temperature)
-    return logp_BSV.gather(-1, r.ids_BT[:, 1:, None])[..., 0]
-
-
-def k1_terms(policy: GPT, base: GPT, r: Rollout, temperature: float):
-    """Return what `rollout.token_terms` does, but each KL is estimated by the token that came.
-
-    Its value is log(policy / base). Its gradient is that value times the gradient of log p: the
-    value's own gradient would be 0 on average. Source: k1 of Schulman, joschu.net/blog/kl-approx.
-    """
-    logp_BS = token_log_probs(policy, r, temperature)
-    with torch.no_grad():
-        k1_BS = logp_BS - token_log_probs(base, r, temperature)
-    return logp_BS, k1_BS * (1 + logp_BS - logp_BS.detach())
-
-
-KL_TERMS = {"exact": token_terms, "k1": k1_terms}  # by the setting's values
-
-
 def rl_update(run: Run, r: Rollout, reward_KB, paid_and_held) -> dict:
-    """Take score.py's step on sampled rows, with the KL that the settings name."""
-    terms = KL_TERMS[run.config.kl](run.policy, run.base, r, run.config.temperature)
-    return score.rl_update(run, r, reward_KB, *terms, paid_and_held)
+    """Take score.py's step on sampled rows; what is logged tells its reasons, too."""
+    terms = token_terms(run.policy, run.base, r, run.config.temperature)
+    reasons = seen(run, r, reward_KB, terms, paid_and_held)
+    return score.rl_update(run, r, reward_KB, *terms, paid_and_held) | reasons
 
 
 def rl_step(run: Run, stage, offline=0.0, collect=collect, update=rl_update) -> dict:
     """Take score.py's step. offline: the share of the problems whose attempt 1 the base writes."""
     r, _, reward_KB = collect(run, run.policy, offline)
     log = update(run, r, reward_KB, stage(reward_KB, run.config))
-    return {key: x for key, x in log.items() if x == x}  # without own attempts no entropy
+    return {key: x for key, x in log.items() if x == x}  # nan: the mean of nothing
 
 
 # --- steps of imitation ---------------------------------------------------------------------------
@@ -263,3 +243,7 @@ def new_run(c: Config, folder: Path) -> Run:
     run = score.new_run(c, folder)
     run.phases = schedule(c)
     return run
+
+
+if __name__ == "__main__":
+    sys.exit(score.main(sys.argv[1:], Config))

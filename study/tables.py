@@ -41,10 +41,8 @@ VARIANTS = {
         "w/o on-policy first attempts", "ablation", (60.4, 60.6, 0.2), dict(offline=1.0)
     ),
     "alpha1": Variant("α = 1", "more", (), dict(alpha=1.0)),
-    "alpha3": Variant("α = 3", "more", (), dict(alpha=3.0)),
     "alpha30": Variant("α = 30", "more", (), dict(alpha=30.0)),
     "leak": Variant("bonus on both turns", "more", (), dict(leak=1)),
-    "kl_k1": Variant("KL from samples (k1)", "more", (), dict(kl="k1")),
 }
 TITLES = {name: variant.title for name, variant in VARIANTS.items()}
 TITLES["stage1"] = "SCoRe's Stage I alone"
@@ -132,20 +130,20 @@ def markdown(titles: str, rows: list[list[str]]) -> str:
 METRICS = "| | " + " | ".join(COLUMNS.values()) + " |"
 
 
-def means(group: dict, names: list[str], sampled: bool = False) -> list[list[str]]:
+def means(group: dict, names: list[str]) -> list[list[str]]:
     """Return a row for each method: its title and its five metrics, for a table of METRICS."""
     return [[f"**{TITLES[name]}**" if name == "score" else TITLES[name],
-             *(cell(values(group[name], key, sampled), key) for key in COLUMNS)]
+             *(cell(values(group[name], key), key) for key in COLUMNS)]
             for name in names]  # fmt: skip
 
 
-def compared(group: dict, names: list[str], sampled: bool = False) -> str:
+def compared(group: dict, names: list[str]) -> str:
     """Return a table of methods: the five metrics, the difference from SCoRe, and the paper's."""
     names = [name for name in names if name in group]
-    rows = means(group, names, sampled)
+    rows = means(group, names)
     for key in ("acc_t2", "delta"):
-        ours = values(group["score"], key, sampled)
-        theirs = {x: values(group[x], key, sampled) for x in names if x not in ("base", "score")}
+        ours = values(group["score"], key)
+        theirs = {x: values(group[x], key) for x in names if x not in ("base", "score")}
         p = dict(zip(theirs, holm([paired_t(x, ours) for x in theirs.values()]), strict=True))
         for name, row in zip(names, rows, strict=True):
             gap = f"{np.mean(theirs[name]) - np.mean(ours):+.1f}" if name in p else ""
@@ -188,17 +186,14 @@ def sections(runs: list[dict]) -> dict[str, str]:
     if len({run["config"]["lr"] for run in runs}) > 1:
         return {"Learning rates": tuning(runs)}
     group, main = grouped(runs), ["base", "stage1", *names_of("main")[1:]]
-    found = {
-        "Methods, greedy": compared(group, main),
-        "Methods, sampled at temperature 1": compared(group, main, sampled=True),
-    }
+    found = {"Methods": compared(group, main)}
     ablations, more = names_of("ablation"), names_of("more")
     if group.keys() & ablations:
-        found["Ablations, greedy"] = compared(group, ["score", *ablations, "single_turn"])
+        found["Ablations"] = compared(group, ["score", *ablations, "single_turn"])
     if group.keys() & more:
-        found["Further variants, greedy"] = compared(group, ["score", *more, "no_bonus"])
+        found["Further variants"] = compared(group, ["score", *more, "no_bonus"])
     if "multi_turn" in group:
-        found["Seed by seed, greedy"] = by_seed(group)
+        found["Seed by seed"] = by_seed(group)
     return found
 
 

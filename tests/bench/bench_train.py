@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import score
 from model import GPT
+from ports.tensors import k1_terms
 from ports.trl_port import make_trainer
 from rollout import make_rows, token_terms
 from scale import pretrained
 from scale.memory import prepare
-from study import methods
 from tests.bench import speed
 from tests.bench.bench_rollout import INSTRUCTION, SIZES, attempt
 from tests.bench.timing import about, in_kernels, in_turns, keep_memory, write
@@ -54,12 +54,20 @@ class Ours(TrainerCallback):
             self.seconds[name].append(time.perf_counter() - start)
 
 
+def k1_step(run: score.Run) -> dict:
+    """Take a step of Stage II, with the KL that TRL has, too."""
+    r, _, reward_KB = score.collect(run, run.policy, K=2)
+    terms = k1_terms(run.policy, run.base, r, run.config.temperature)
+    return score.rl_update(run, r, reward_KB, *terms, score.stage2(reward_KB, run.config))
+
+
 def against_trl(batch: int, rounds: int, quick: bool) -> dict:
     """Return the seconds of our steps and of TRL's, in turns, and our step's share in kernels."""
-    sft_steps, rl = 2 if quick else 200, dict(method="no_stage1", kl="k1", stage2_steps=10**6)
-    c = methods.Config(batch=batch, sft_steps=sft_steps, **rl)
+    sft_steps, rl = 2 if quick else 200, dict(control=0, stage1_steps=0, stage2_steps=10**6)
+    c = score.Config(batch=batch, sft_steps=sft_steps, **rl)
     with tempfile.TemporaryDirectory() as place:
-        run = methods.new_run(c, Path(place))
+        run = score.new_run(c, Path(place))
+        run.phases[1] = run.phases[1]._replace(step=k1_step)
         for _, _ in zip(range(sft_steps + 1), score.train(run), strict=False):
             pass  # the base, and one step of Stage II, which takes the base as the reference
         pretrained.save(run.base, Path(place) / "base")

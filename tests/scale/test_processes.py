@@ -94,10 +94,9 @@ def test_two_processes_do_what_one_does_and_take_turns_with_it(tmp_path, monkeyp
     ("settings", "words"),
     [
         (["--batch", "6"], "--batch must be a multiple of 2 times 2 processes: 6"),
-        (["--compile", "1"], "--compile is for one process, got 2"),
         (["--preset", "mat"], "--preset must be one of"),
     ],
-    ids=["batch", "compile", "preset"],
+    ids=["batch", "preset"],
 )
 def test_what_two_processes_cannot_do_is_said_once(tmp_path, capfd, settings, words):
     argv = ["--run", str(tmp_path / "run"), "--group", "2", *settings]

@@ -20,7 +20,7 @@ from verify import Verdict
 
 KINDS = {
     "score": dict(offline=0.4),
-    "multi_turn": dict(kl="k1"),
+    "multi_turn": {},
     "single_turn": dict(temperature=0.7),
     "star_stage2": {},
     "pair_sft": {},

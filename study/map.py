@@ -1,0 +1,171 @@
+"""When does multi-turn RL collapse, and where does SCoRe help? A map of the toys, and the reason.
+
+The fewer right revisions the base has read, the more rarely it repairs a wrong first attempt. For
+levels of that, and for some of how often it spoils a right one, each seed's base is trained once
+and all methods start from it. Runs are done, kept and resumed as those of `python -m study`.
+
+    python -m study.map            # both tasks, five seeds
+    python -m study.map --quick    # signs, two seeds, three levels, two methods
+    python -m study.map --table study/results/map.json    # its tables and figures again
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from score import parse
+from study import figures
+from study.measure import Job, command, curve, jobs, mean, run_all
+from study.methods import Config
+from study.reason import EACH, KEYS
+from study.tables import TITLES, markdown, values
+
+METHODS = ("multi_turn", "score", "no_stage1", "no_bonus", "pair_sft")
+PAIR, SEEDS, TASKS = METHODS[:2], (0, 1, 2, 3, 4), ("signs", "addition")
+RIGHTS, QUICK = (0.002, 0.005, 0.01, 0.03, 0.1, 0.3), (0.005, 0.03, 0.3)
+CARELESS, AT = (0.03, 0.1, 0.3), 0.01  # the second map: of PAIR on TASKS[0], with AT right ones
+OWN = ("right_revisions", "careless")  # settings that make a level
+METRICS = ("acc_t1", "acc_t2", "delta", "delta_c_to_i", "changed")
+RATES = ("repair_rate", "spoil_rate")  # of the base, sampled
+BASE_N = 5000  # problems on which they are measured
+REASONS = (("multi_turn", "multi_turn"), ("score", "stage1"))  # methods and phases compared
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def level(task: str, right: float, careless: float, methods) -> tuple[str, dict, dict]:
+    """Return a level as `jobs` takes it: shares of right and of careless revisions, and methods."""
+    place = f"{task}-r{right:g}-" + (f"c{careless:g}-" if careless else "")
+    shared = dict(right_revisions=right, careless=careless)
+    return place, shared, {name: (name, dict(method=name)) for name in methods}
+
+
+def levels_of(task: str, quick: bool) -> list:
+    """Return the levels of a task."""
+    if quick:
+        return [level(task, right, 0.0, PAIR) for right in QUICK]
+    more = [level(task, AT, x, PAIR) for x in CARELESS if task == TASKS[0]]
+    return [level(task, right, 0.0, METHODS) for right in RIGHTS] + more
+
+
+def short(job: Job, run: dict) -> dict:
+    """Return what the map keeps of what was measured of a run, and the curves of its reasons."""
+    c, phases = job.config, {}
+    for name, m in run["phases"].items():
+        if name != "base" or job.name == "base":
+            keys = [key + end for key in RATES for end in ("", "_interval")]
+            sampled = {key: m["sampled"][key] for key in keys}
+            phases[name] = {key: m[key] for key in METRICS} | {"sampled": sampled}
+    own = {key: getattr(c, key) for key in ("task", "seed", *OWN)}
+    seen = curve(job.folder, KEYS, EACH) if job.name in PAIR else []
+    return own | dict(name=job.name, commit=run["commit"], phases=phases, curve=seen)
+
+
+def collect(args, words: list[str]) -> tuple[Path, dict]:
+    """Train and measure what is asked for; return it, and the file that it is for."""
+    bases, rest, runs = [], [], args.runs or Path("runs/map")
+    for task in args.task or TASKS[: 1 if args.quick else None]:
+        c, seeds = parse([*words, "--task", task], Config)[1], SEEDS[: 2 if args.quick else None]
+        found = jobs(c, levels_of(task, args.quick), args.seeds or seeds, runs, "test")
+        bases += [job._replace(n=max(job.n, BASE_N)) for job in found[0]]
+        rest += found[1]
+    measured = run_all((bases, rest), args.workers)
+    found = [short(job, run) for job, run in zip(bases + rest, measured, strict=True)]
+    path = runs / f"{'quick-' if args.quick else ''}results" / "map.json"
+    return path, dict(options=" ".join(words), runs=found)
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def by_level(runs: list[dict], spoils: bool) -> dict:
+    """Return {task: {level: {method: runs by seed}}} of one of the two maps."""
+    found, key = {}, OWN[spoils]
+    for run in sorted(runs, key=lambda run: (run[key], run["seed"])):
+        here = run["right_revisions"] == AT and run["name"] in ("base", *PAIR)
+        if here if spoils else not run["careless"]:
+            group = found.setdefault(run["task"], {}).setdefault(run[key], {})
+            group.setdefault(run["name"], []).append(run)
+    return {task: levels for task, levels in found.items() if not spoils or len(levels) > 1}
+
+
+def collapsed(run: dict) -> bool:
+    """Return whether a run ended with second attempts that copy the first: at most 3 % of them
+    differ, and the accuracy by at most 2 points."""
+    m = list(run["phases"].values())[-1]
+    return abs(m["delta"]) <= 0.02 and m["changed"] <= 0.03
+
+
+def table(levels: dict, spoils: bool) -> str:
+    """Return the table of a task's levels."""
+    rows, names = [], [x for x in ("base", *METHODS) if all(x in y for y in levels.values())]
+    for level, group in levels.items():
+        x = values(group["base"], RATES[spoils], sampled=True)
+        t2, ours = (values(group[name], "acc_t2") for name in PAIR)
+        better = sum(a > b for a, b in zip(ours, t2, strict=True))
+        row = [f"{level:g}", f"{np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f})"]
+        row += [f"{k} of {len(x)}" for k in (sum(map(collapsed, group["multi_turn"])), better)]
+        for name in names:
+            m = (np.mean(values(group[name], key)) for key in ("acc_t1", "acc_t2", "changed"))
+            row.append("{:.1f} / {:.1f} ({:.1f})".format(*m))
+        rows.append(row)
+    what, rate = ("careless", "spoils") if spoils else ("right", "repairs")
+    titles = [f"{what} revisions", f"base {rate}, % (range)", "multi-turn RL collapsed",
+              "SCoRe's Acc@t2 higher", *(TITLES[name] for name in names)]  # fmt: skip
+    return markdown(f"| {' | '.join(titles)} |", rows)
+
+
+def reasons(group: dict) -> dict[str, list[list[dict]]]:
+    """Return the curves by seed of each of REASONS, of the runs of a level."""
+    return {phase: [[row for row in run["curve"] if row["phase"] == phase] for run in group[name]]
+            for name, phase in REASONS}  # fmt: skip
+
+
+def reasons_table(levels: dict) -> str:
+    """Return the means over steps and seeds at each level."""
+    rows = []
+    for level, group in levels.items():
+        for phase, curves in reasons(group).items():
+            m = mean(sum(curves, []), KEYS)
+            cells = (f"{m[key]:.3f}" if key in m else "" for key in KEYS)
+            rows.append([f"{level:g}", TITLES[phase], *cells])
+    keys = " | ".join(key.replace("_", ", ") for key in KEYS)
+    return markdown(f"| right revisions | | {keys} |", rows)
+
+
+def text(data: dict) -> str:
+    """Return what was run, and all tables, as Markdown."""
+    seeds, commits = (", ".join(sorted({str(x[key]) for x in data["runs"]}))
+                      for key in ("seed", "commit"))  # fmt: skip
+    parts = [f"{len(data['runs'])} runs, seeds {seeds}; commit {commits}; further options: "
+             f"{data['options'] or 'none'}."]  # fmt: skip
+    for spoils, rate in enumerate(("repairs", "spoils")):
+        for task, levels in by_level(data["runs"], spoils).items():
+            parts += [f"## {task}: how often the base {rate}", table(levels, spoils)]
+            if not spoils:
+                parts += [f"## {task}: the reasons", reasons_table(levels)]
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(data: dict, folder: Path) -> None:
+    """Write the figures."""
+    for spoils, name in enumerate(("map", "map-spoils")):
+        if tasks := by_level(data["runs"], spoils):
+            figures.draw_map(tasks, RATES[spoils], folder / f"{name}.png")
+    seen = {}
+    for task, levels in by_level(data["runs"], False).items():
+        nearest = min(levels, key=lambda x: abs(x - AT))
+        seen[f"{task}, {100 * nearest:g} % right revisions"] = reasons(levels[nearest])
+    figures.draw_reasons(seen, folder / "reasons.png")
+
+
+def main(argv: list[str]) -> int:
+    """Make the map, or go on with it; return the exit status."""
+    task = {"--task": dict(nargs="+", help=f"default: {' '.join(TASKS)}")}
+    kinds = {"--quick": "signs, two seeds, three levels"}
+    return command(argv, "study.map", kinds, task, collect, text, draw)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
