@@ -197,24 +197,24 @@ class Config:
     d_ff: int = 128  # hidden width of the MLP
     # the base: supervised training on drafts and revisions
     sft_steps: int = 1800  # steps
-    sft_batch: int = 256  # documents a step
+    sft_batch: int = 512  # documents a step
     sft_lr: float = 6e-3  # peak learning rate, then linear to 0
-    slip: float = 0.1  # probability of a draft's slip: a sign that is turned
-    slip_hard: float = 0.75  # the same where it is hard: a minus before a larger number
-    checks: float = 0.86  # share of documents that ask to check, with a right revision
+    slip: float = 0.15  # probability of a draft's slip: a sign that is turned
+    slip_hard: float = 0.8  # the same where it is hard: a minus before a larger number
+    checks: float = 0.87  # share of documents that ask to check, with a right revision
     right_revisions: float = 0.01  # share of right revisions in the others
     careless: float = 0.0  # share of careless revisions in the others; the rest are copies
     # reinforcement learning
-    stage1_steps: int = 120  # steps of Stage I; 0: without Stage I
-    stage2_steps: int = 40  # steps of Stage II
-    batch: int = 256  # rollouts a step
+    stage1_steps: int = 100  # steps of Stage I; 0: without Stage I
+    stage2_steps: int = 30  # steps of Stage II
+    batch: int = 512  # rollouts a step
     group: int = 4  # rollouts of each problem: the others are a row's baseline
-    lr: float = 1e-3  # peak learning rate of each method, then linear to 0
+    lr: float = 1.5e-3  # peak learning rate of each method, then linear to 0
     warmup: int = 20  # steps of warm-up, in each stage
     temperature: float = 1.0  # of the samples and of all log-probabilities
     alpha: float = 10.0  # weight of the progress bonus in Stage II
     beta1: float = 0.01  # weight of the KL to the base, both attempts and stages
-    beta2: float = 4.0  # weight of the KL that holds attempt 1 in Stage I
+    beta2: float = 1.0  # weight of the KL that holds attempt 1 in Stage I
 
     limits: ClassVar = dict.fromkeys(
         "control slip slip_hard checks right_revisions careless sft_lr lr".split(), (0, 1)

@@ -185,27 +185,28 @@ def corpus(
 ) -> list[tuple[str, str, str]]:  # fmt: skip
     """Draw n documents (prompt, draft, revision) that teach the base model to draft and revise.
 
-    A draft is the first solution with slips: a sign is turned with probability `slip`, but a minus
-    before a number that is larger than the one on its left with probability `slip_hard`, as people
-    like to take the smaller from the larger. With slip < 0.5 < slip_hard a trained model's greedy
-    draft is wrong where the solution has such a minus.
+    A draft is hasty: it adds up to the target and takes away beyond it, and sees only of the last
+    two numbers how they end nearest to it. Each sign slips, is turned, with probability `slip`, a
+    minus before a number that is larger than the one on its left with `slip_hard`: people like to
+    take the smaller from the larger. If slip < 0.5 < slip_hard, greedy drafts have no such minus.
 
     rights, careless: probabilities of a right revision, which turns as few signs of the draft as
-    can be (none if it is right), and of a careless one, which is the first solution, each sign
-    turned with probability 0.15; the other revisions are copies of the draft.
+    can be (none if it is right), and of a careless one, which turns each with probability 0.15; the
+    other revisions are copies of the draft.
     """
     x_NM, target_N, sign_CM, solves_NC = draw(n, "train", rng, M)
-    solution_NM = sign_CM[solves_NC.argmax(axis=1)]
-    hard_NM = (solution_NM < 0) & (x_NM > np.roll(x_NM, 1, axis=1))
-
-    def slips(chance):
-        turned_NM = rng.random((n, M)) < chance
-        return np.where(turned_NM & (np.arange(M) > 0), -solution_NM, solution_NM)
-
-    draft_NM = slips(np.where(hard_NM, slip_hard, slip))
+    draft_NM, left_N = np.ones((n, M), int), target_N - x_NM[:, 0]  # left: up to the target
+    for i, (before_N, x_N) in enumerate(zip(x_NM.T, x_NM.T[1:], strict=False), start=1):
+        adds_N = left_N >= 0
+        if i == M - 2:
+            adds_N = abs(abs(left_N - x_N) - x_NM[:, -1]) <= abs(abs(left_N + x_N) - x_NM[:, -1])
+        slip_N = np.where(~adds_N & (x_N > before_N), slip_hard, slip)
+        draft_NM[:, i] = np.where(adds_N ^ (rng.random(n) < slip_N), 1, -1)
+        left_N = left_N - draft_NM[:, i] * x_N
     turns_NC = (draft_NM[:, None] != sign_CM).sum(axis=2)
     right_NM = sign_CM[np.where(solves_NC, turns_NC, M + 1).argmin(axis=1)]
+    turned_NM = (rng.random((n, M)) < 0.15) & (np.arange(M) > 0)
     kind_N1 = rng.random((n, 1))
-    revision_NM = np.where(kind_N1 < rights + careless, slips(0.15), draft_NM)
+    revision_NM = np.where(turned_NM & (kind_N1 < rights + careless), -draft_NM, draft_NM)
     revision_NM = np.where(kind_N1 < rights, right_NM, revision_NM)
     return written(x_NM, target_N, draft_NM, revision_NM)

@@ -19,7 +19,7 @@ from study.measure import command, jobs, run_all
 from study.methods import Config
 from study.tables import VARIANTS
 
-NAMES, RATES = list(VARIANTS)[1:], (5e-4, 1e-3, 2e-3)  # the study uses the middle one for all
+NAMES, RATES = list(VARIANTS)[1:], (7.5e-4, 1.5e-3, 3e-3)  # the study uses the middle one for all
 KINDS = {  # methods, seeds, split, learning rates
     "study": (NAMES, (0, 1, 2, 3, 4), "test", ()),
     "quick": (("score", "multi_turn", "star_plus", "pair_sft"), (0, 1), "test", ()),

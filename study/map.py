@@ -17,8 +17,7 @@ import numpy as np
 from score import parse
 from study import figures
 from study.measure import Job, command, curve, jobs, mean, run_all
-from study.methods import Config
-from study.reason import EACH, KEYS
+from study.methods import EACH, KEYS, Config
 from study.tables import TITLES, markdown, values
 
 METHODS = ("multi_turn", "score", "no_stage1", "no_bonus", "pair_sft")
@@ -41,14 +40,6 @@ def level(task: str, right: float, careless: float, methods) -> tuple[str, dict,
     return place, shared, {name: (name, dict(method=name)) for name in methods}
 
 
-def levels_of(task: str, quick: bool) -> list:
-    """Return the levels of a task."""
-    if quick:
-        return [level(task, right, 0.0, PAIR) for right in QUICK]
-    more = [level(task, AT, x, PAIR) for x in CARELESS if task == TASKS[0]]
-    return [level(task, right, 0.0, METHODS) for right in RIGHTS] + more
-
-
 def short(job: Job, run: dict) -> dict:
     """Return what the map keeps of what was measured of a run, and the curves of its reasons."""
     c, phases = job.config, {}
@@ -59,7 +50,7 @@ def short(job: Job, run: dict) -> dict:
             phases[name] = {key: m[key] for key in METRICS} | {"sampled": sampled}
     own = {key: getattr(c, key) for key in ("task", "seed", *OWN)}
     seen = curve(job.folder, KEYS, EACH) if job.name in PAIR else []
-    return own | dict(name=job.name, commit=run["commit"], phases=phases, curve=seen)
+    return own | dict(name=job.name, commit=job.commit, phases=phases, curve=seen)
 
 
 def collect(args, words: list[str]) -> tuple[Path, dict]:
@@ -67,7 +58,11 @@ def collect(args, words: list[str]) -> tuple[Path, dict]:
     bases, rest, runs = [], [], args.runs or Path("runs/map")
     for task in args.task or TASKS[: 1 if args.quick else None]:
         c, seeds = parse([*words, "--task", task], Config)[1], SEEDS[: 2 if args.quick else None]
-        found = jobs(c, levels_of(task, args.quick), args.seeds or seeds, runs, "test")
+        levels = [level(task, right, 0.0, METHODS) for right in RIGHTS]
+        levels += [level(task, AT, x, PAIR) for x in CARELESS if task == TASKS[0]]
+        if args.quick:
+            levels = [level(task, right, 0.0, PAIR) for right in QUICK]
+        found = jobs(c, levels, args.seeds or seeds, runs, "test")
         bases += [job._replace(n=max(job.n, BASE_N)) for job in found[0]]
         rest += found[1]
     measured = run_all((bases, rest), args.workers)
@@ -130,8 +125,8 @@ def reasons_table(levels: dict) -> str:
             m = mean(sum(curves, []), KEYS)
             cells = (f"{m[key]:.3f}" if key in m else "" for key in KEYS)
             rows.append([f"{level:g}", TITLES[phase], *cells])
-    keys = " | ".join(key.replace("_", ", ") for key in KEYS)
-    return markdown(f"| right revisions | | {keys} |", rows)
+    titles = " | ".join(("right revisions", "", *KEYS)).replace("_", ", ")
+    return markdown(f"| {titles} |", rows)
 
 
 def text(data: dict) -> str:
@@ -162,8 +157,7 @@ def draw(data: dict, folder: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """Make the map, or go on with it; return the exit status."""
-    task = {"--task": dict(nargs="+", help=f"default: {' '.join(TASKS)}")}
-    kinds = {"--quick": "signs, two seeds, three levels"}
+    kinds, task = {"--quick": "signs, two seeds, three levels"}, {"--task": dict(nargs="+")}
     return command(argv, "study.map", kinds, task, collect, text, draw)
 
 

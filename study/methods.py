@@ -25,8 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 import score
 from model import GPT, load
 from rollout import Rollout, Task, grade, make_rows, rollout, summary, token_terms
-from score import Phase, Run, advantage, multi_turn, sft_update, stage1, stage2
-from study.reason import seen
+from score import Phase, Run, advantage, loss, multi_turn, sft_update, stage1, stage2
 
 # --- settings -------------------------------------------------------------------------------------
 
@@ -129,6 +128,43 @@ def join(parts: list[Rollout], device) -> Rollout:
     padded = (pad_sequence([row for x in column for row in x], True) for column in columns)
     attempts = [sum(columns, []) for columns in zip(*(r.attempts for r in parts), strict=True)]
     return Rollout(*(x.to(device) for x in padded), attempts)
+
+
+# --- what is seen of a step, which changes no bit of it -------------------------------------------
+
+KINDS = [f"{what}_{first}" for what in ("changed", "copied") for first in ("wrong", "right")]
+KEYS = ("groups", *KINDS, "norm1", "norm2")
+EACH = 10  # steps from one look at the gradients to the next
+
+
+def paid_for(r: Rollout, reward_KB, advantage_B, G: int) -> dict:
+    """Return the share of groups with a repair, a row that went from wrong to right; and attempt
+    2's mean advantage in rows that changed or copied a wrong or right attempt 1, nan if there are
+    none."""
+    changed_B = reward_KB.new_tensor([a != b for a, b in zip(*r.attempts, strict=True)])
+    repaired_B = (reward_KB[0] == 0) & (reward_KB[1] == 1)
+    found = dict(groups=repaired_B.view(-1, G).any(dim=1).float().mean().item())
+    for kind in KINDS:
+        what, first = kind.split("_")
+        rows_B = (changed_B == (what == "changed")) & (reward_KB[0] == (first == "right"))
+        found[kind] = advantage_B[rows_B].mean().item()
+    return found
+
+
+def norms(run: Run, r: Rollout, terms, paid_and_held) -> dict:
+    """Return the norm of the gradient of each attempt's terms, as if the other's were none."""
+    found = {}
+    for k in (1, 2):
+        loss_B = loss(*terms, r.turn_BS * (r.turn_BS == k), *paid_and_held)
+        gradient = torch.autograd.grad(loss_B.mean(), [*run.policy.parameters()], retain_graph=True)
+        found[f"norm{k}"] = torch.stack([x.norm() for x in gradient]).norm().item()
+    return found
+
+
+def seen(run: Run, r: Rollout, reward_KB, terms, paid_and_held) -> dict:
+    """Return what is seen of a step on sampled rows, every tenth time of the gradients, too."""
+    found = {} if run.step % EACH else norms(run, r, terms, paid_and_held)
+    return found | paid_for(r, reward_KB, paid_and_held[0][1], run.config.group)
 
 
 # --- steps of reinforcement: of pieces, which scale/steps.py has others for -----------------------

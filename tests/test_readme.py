@@ -34,7 +34,8 @@ TINY = dict(
 )  # fmt: skip
 PRESET = " --batch 8 --group 2 --stage1-steps 1 --stage2-steps 1 --max-new 4 --eval-n 4"
 SMALLER = {  # more options of programs that are not made small by their settings
-    "study": ["--seeds", "0", "--only", "score"], "tests/bench/bench_memory.py": ["--quick"],
+    "study": ["--seeds", "0", "--only", "score"], "study.map": ["--seeds", "0", "--task", "signs"],
+    "tests/bench/bench_memory.py": ["--quick"],
     "tests/bench/bench_rollout.py": ["--quick", "--sizes", "toy"],
     "tests/bench/bench_train.py": ["--quick"], "tests/bench/bench_cost.py": ["--quick"],
     "tests/bench/bench_verify.py": ["--only", "prose"],

@@ -201,49 +201,57 @@ def test_impossible_problems_are_refused_by_name(split, M, named):
 
 
 def corpus(n, M=4, **changes):
-    """Return documents: problem, solution, draft and revision, as numbers."""
+    """Return documents: problem, draft and revision, as numbers."""
     settings = dict(slip=0.2, slip_hard=0.7, rights=0.4, careless=0.3) | changes
     for prompt, *texts in verify.corpus(n, np.random.default_rng(0), M, **settings):
         numbers, target = read(prompt)
         draft, revision = (tuple(verify.signed(text)) for text in texts)
         assert tuple(map(abs, draft)) == tuple(map(abs, revision)) == numbers
         assert draft[0] == revision[0] == numbers[0]  # the first number is always added
-        yield numbers, target, solutions(numbers, target)[0], draft, revision
+        yield numbers, target, draft, revision
 
 
 def turned(a, b):
     return sum(x != y for x, y in zip(a, b, strict=True))
 
 
+def hasty(numbers, target, wrote):
+    """Return the sign that a hasty draft gives the number after those that it wrote."""
+    i, left = len(wrote), target - sum(wrote)
+    if i < len(numbers) - 2:
+        return 1 if left >= 0 else -1
+    ends = itertools.product((1, -1), repeat=len(numbers) - i)  # a plus comes first
+    return min(ends, key=lambda row: abs(left - np.dot(row, numbers[i:])))[0]
+
+
 def test_drafts_and_revisions_are_those_of_a_walk_along_the_numbers():
-    """One number after another, by hand, from the same random numbers: of a draft's slips, of the
-    kind of revision and of a careless one's slips."""
+    """One number after another, by hand, from the same random numbers: of a draft's slips, of a
+    careless revision's and of the kind of revision."""
     rng, M = np.random.default_rng(0), 5
     verify.draw(400, "train", rng, M)
-    slips, kinds, more = rng.random((400, M)), rng.random(400), rng.random((400, M))
+    slips = [None] + [rng.random(400) for _ in range(M - 1)]
+    more, kinds = rng.random((400, M)), rng.random(400)
     seen = set()
-    for n, (numbers, target, right, draft, revision) in enumerate(corpus(400, M)):
-        wrote, careless = list(right), list(right)
+    for n, (numbers, target, draft, revision) in enumerate(corpus(400, M)):
+        wrote = [numbers[0]]
         for i in range(1, M):
-            hard = right[i] < 0 and numbers[i] > numbers[i - 1]
-            wrote[i] *= -1 if slips[n, i] < (0.7 if hard else 0.2) else 1
-            careless[i] *= -1 if more[n, i] < 0.15 else 1
-            seen.add((hard, wrote[i] != right[i]))
+            plan = hasty(numbers, target, wrote)
+            hard = plan < 0 and numbers[i] > numbers[i - 1]
+            slip = slips[i][n] < (0.7 if hard else 0.2)
+            wrote.append(numbers[i] * plan * (-1 if slip else 1))
+            seen.add((hard, slip))
         assert draft == tuple(wrote)
         nearest = min(solutions(numbers, target), key=lambda row: turned(row, draft))
+        careless = [-x if i and more[n, i] < 0.15 else x for i, x in enumerate(draft)]
         kind = 0 if kinds[n] < 0.4 else 1 if kinds[n] < 0.7 else 2
         assert revision == (nearest, tuple(careless), draft)[kind]
     assert len(seen) == 4
 
 
 def test_a_right_revision_turns_as_few_signs_as_can_be():
-    """None of a right draft, also where it is not the first solution."""
-    kept = 0
-    for numbers, target, first, draft, revision in corpus(2000, rights=1.0, careless=0.0):
+    for numbers, target, draft, revision in corpus(2000, rights=1.0, careless=0.0):
         fewest = min(turned(draft, row) for row in solutions(numbers, target))
         assert sum(revision) == target and turned(draft, revision) == fewest
-        kept += draft == revision != first
-    assert kept > 5
 
 
 def test_documents_are_of_the_training_split(to_four):
@@ -256,12 +264,12 @@ def test_extremes_of_the_corpus():
     it is hard alone, and everywhere."""
     copies = list(corpus(300, rights=0.0, careless=0.0))
     assert all(draft == revision for *_, draft, revision in copies)
-    assert any(draft != right for _, _, right, draft, _ in copies)
-    careless = list(corpus(2000, rights=0.0, careless=1.0, slip=1.0, slip_hard=1.0))
-    assert all(turned(draft, right) == 3 for _, _, right, draft, _ in careless)
-    share = sum(turned(revision, right) for _, _, right, _, revision in careless) / 6000
+    careless = list(corpus(2000, rights=0.0, careless=1.0))
+    share = sum(turned(revision, draft) for *_, draft, revision in careless) / 6000
     assert abs(share - 0.15) < 5 * (0.15 * 0.85 / 6000) ** 0.5
-    for hard in (0.0, 1.0):
-        for numbers, _, right, draft, _ in corpus(300, slip=0.0, slip_hard=hard):
-            for a, b, sign, wrote in zip(numbers, numbers[1:], right[1:], draft[1:], strict=False):
-                assert (wrote != sign) == (sign < 0 and b > a and hard == 1.0)
+    for slip, hard in ((0.0, 0.0), (0.0, 1.0), (1.0, 1.0)):
+        for numbers, target, draft, _ in corpus(300, slip=slip, slip_hard=hard):
+            for i in range(1, 4):
+                plan = hasty(numbers, target, draft[:i])
+                slips = slip or (hard and plan < 0 and numbers[i] > numbers[i - 1])
+                assert (draft[i] != plan * numbers[i]) == bool(slips)

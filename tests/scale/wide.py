@@ -10,7 +10,7 @@ import torch
 import verify
 from model import load
 from scale import train
-from study import reason
+from study import methods
 
 SMALL = dict(
     size=4, n_layer=2, d_model=16, d_ff=24, sft_steps=8, sft_batch=6, sft_lr=3e-2, stage1_steps=2,
@@ -26,7 +26,7 @@ def assert_same(expected, found):
     rows, others = (list(map(json.loads, lines)) for lines in logs)
     for row, other in zip(rows, others, strict=True):
         assert other["phase"] == row["phase"]
-        numbers = {key: row[key] for key in row.keys() - {"phase", *reason.KEYS}}
+        numbers = {key: row[key] for key in row.keys() - {"phase", *methods.KEYS}}
         assert {key: other[key] for key in numbers} == pytest.approx(numbers, rel=1e-9, abs=1e-9)
     assert {x.name for x in expected.glob("*.pt")} == {x.name for x in found.glob("*.pt")}
     for path in expected.glob("*.pt"):

@@ -11,7 +11,7 @@ import model
 import score
 from rollout import find_task, make_rows, token_terms
 from study import map as study_map
-from study import measure, methods, reason
+from study import measure, methods
 from study.methods import Config
 
 TINY = dict(n_layer=1, d_model=8, d_ff=8, sft_steps=2, sft_batch=4, eval_n=8)
@@ -107,13 +107,13 @@ def test_numbers_of_the_reason_are_those_of_a_loop_over_rows(tmp_path):
         first = {0.0: "wrong", 1.0: "right"}.get(reward_KB[0, b].item())
         kind = f"{'copied' if y1 == y2 else 'changed'}_{first}"
         rows.setdefault(kind, []).append(adv_KB[1][b].item())
-    for kind in reason.KINDS:  # of a first attempt without a verdict there is none
+    for kind in methods.KINDS:  # of a first attempt without a verdict there is none
         expected[kind] = np.mean(rows[kind])
-    found = reason.paid_for(r, reward_KB, adv_KB[1], 4)
+    found = methods.paid_for(r, reward_KB, adv_KB[1], 4)
     assert found == pytest.approx(expected, abs=1e-6) and 0 < len(groups) < 6
     run.base.head.weight += 0.1 * torch.randn(run.base.head.weight.shape)
     terms = token_terms(run.policy, run.base, r, 1.0)
-    for k, norm in enumerate(reason.norms(run, r, terms, (adv_KB, held)).values()):
+    for k, norm in enumerate(methods.norms(run, r, terms, (adv_KB, held)).values()):
         alone = ([x * (i == k) for i, x in enumerate(pair)] for pair in (adv_KB, held))
         run.policy.zero_grad()
         terms = token_terms(run.policy, run.base, r, 1.0)

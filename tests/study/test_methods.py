@@ -15,7 +15,7 @@ import rollout
 import score
 import verify
 from ports.tensors import k1_terms
-from study import methods, reason
+from study import methods
 from tests import truth
 from tests.test_rollout import CHECK
 
@@ -351,7 +351,7 @@ def test_the_default_is_score_pys_own_run_and_another_runs_base_is_as_good_as_on
     folder = score.create(score.Config(**TINY), tmp_path / "core")
     score.drive(score.open_run(folder))
     core = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert core == [{key: row[key] for key in row.keys() - {*reason.KEYS}} for row in log]
+    assert core == [{key: row[key] for key in row.keys() - {*methods.KEYS}} for row in log]
     later = trained(tmp_path / "part", base=str(folder), control=1, eval_n=7)
     assert later[0] == dict(phase="base", step=1) and later[1:] == log[4:]
     for name in ("base", "score"):
