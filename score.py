@@ -197,7 +197,7 @@ class Config:
     d_ff: int = 128  # hidden width of the MLP
     # the base: supervised training on drafts and revisions
     sft_steps: int = 1800  # steps
-    sft_batch: int = 512  # documents a step
+    sft_batch: int = 256  # documents a step
     sft_lr: float = 6e-3  # peak learning rate, then linear to 0
     slip: float = 0.15  # probability of a draft's slip: a sign that is turned
     slip_hard: float = 0.8  # the same where it is hard: a minus before a larger number

@@ -235,13 +235,13 @@ def test_what_is_said_of_the_seeds_holds():
     def of(name, key):
         return np.array(tables.values(group[name], key))
 
-    better = of("score", "acc_t2") > of("multi_turn", "acc_t2")
-    assert (abs(of("multi_turn", "delta")) <= 2).sum() == better.sum() == 4
-    assert abs(of("multi_turn", "delta")[1]) > 2 and not better[3]
+    ahead = of("score", "acc_t2") - of("multi_turn", "acc_t2")
+    assert (ahead > 0).all() and ahead.mean() >= 8
+    assert (abs(of("multi_turn", "delta")) <= 2).all() and (of("multi_turn", "changed") <= 3).all()
     assert (of("score", "delta") >= 20).all() and (of("score", "delta_c_to_i") <= 3).all()
+    assert (of("score", "acc_t2") >= 80).all()
     assert (abs(of("base", "delta")) <= 1).all()
-    assert max(run["phases"]["base"]["sampled"]["repair_rate"] for run in group["base"]) <= 0.01
-    assert "four of the five" in " ".join(README.split())
+    assert max(run["phases"]["base"]["sampled"]["repair_rate"] for run in group["base"]) <= 0.03
 
 
 def test_the_rows_of_the_study_are_settings_of_equal_budget():
