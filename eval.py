@@ -109,7 +109,7 @@ def evaluate(model: GPT, task: Task, problems: list, temperature: float, at_once
 
 
 def diagnose(phases: dict) -> list[str]:
-    """Return sentences on what makes a run not worth reading, if anything does."""
+    """Return sentences: how often the base repairs and spoils, and what makes a run doubtful."""
     last, notes = list(phases.values())[-1], []
     changed, base = last["changed_if_wrong"], phases.get("base", last)["sampled"]
     if None not in (base["repair_rate"], base["spoil_rate"]):
@@ -160,8 +160,8 @@ def report(run: Run, split: str, n: int) -> dict:
 
 
 def examples(said: dict) -> list[dict]:
-    """Return the first answer that the last phase repaired, spoiled, kept and failed, if there is
-    one; and before them a mistake that the control copied and the last phase repaired."""
+    """Return the first answer that the last phase repaired, spoiled, kept and failed, if any; the
+    repaired one, if there is such, is a mistake that the control copied, and follows that."""
     kinds, found = {(0, 1): "repaired", (1, 0): "spoiled", (1, 1): "kept", (0, 0): "failed"}, {}
     (last, rows), control = list(said.items())[-1], said.get("multi_turn", [])
     for theirs, ours in zip(control, rows, strict=False):  # the same problem; without control none

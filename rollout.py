@@ -7,7 +7,7 @@ token is an action like any other, of its turn; prompt and instruction are conte
 
 Tokens are drawn from the very distribution that is scored: same temperature, nothing cut off. All
 randomness is an array of uniform numbers that the caller draws, one for each row and token: a row's
-samples depend on its own numbers alone, whichever rows stand beside it.
+samples depend on its own numbers alone (up to rounding), whichever rows stand beside it.
 
     python -c "import torch, rollout as r; print(r.log_probs(torch.tensor([2.0, 1.0]), 0.7).exp())"
 
@@ -38,8 +38,8 @@ class Task(NamedTuple):
     """What a policy is trained on. Another task is another such tuple.
 
     draw: (n, split, rng) -> n problems of split "train", "dev" or "test".
-    documents: (n, rng) -> n documents that the base model reads, in ids: (prompts, [drafts,
-      revisions]), three lists of n rows. What is learned ends with end_id, or is empty.
+    documents: (n, rng) -> n documents that the base model reads, in ids: (prompts, [first attempts,
+      second ones]), three lists of n rows. Attempts end with end_id; a second one may be empty.
     encode: a problem's text -> the ids of x1. decode: an attempt's ids -> its text.
     instruction: the ids of p1. end_id: ends an attempt.
     vocab_size; max_new: most tokens of an attempt, its end included; max_positions: of a row, at
@@ -114,8 +114,8 @@ def signs(c) -> Task:
 
 
 def find_task(name: str) -> tuple[Callable, dict]:
-    """Return a function from settings to the Task, and the settings that differ from score.py's
-    defaults for it: of signs; or `task` and `SETTINGS` of a module in the folder tasks/."""
+    """Return a task's function from settings to its Task, and its own defaults: of signs, or `task`
+    and `SETTINGS` of a module in the folder tasks/."""
     if name == "signs":
         return signs, {}
     if name.isidentifier() and (Path(__file__).parent / "tasks" / f"{name}.py").is_file():

@@ -144,7 +144,7 @@ def rl_step(run: "Run", stage: Callable) -> dict:
 def rl_update(run: "Run", r: Rollout, reward_KB, logp_BS, kl_BS, paid_and_held) -> dict:
     """Take one step on sampled rows and return what is logged, or raise RuntimeError."""
     if reward_KB.isnan().any(dim=0).all():
-        raise RuntimeError("no verdict on any row of the batch: the verifier has failed")
+        raise RuntimeError("no row of the batch has both verdicts: the verifier has failed")
     gap = ((logp_BS.detach() - r.logp_BS) * (r.turn_BS > 0)).abs().max().item()
     if not gap < 1e-3:  # also if it is not a number
         raise RuntimeError(f"sampler and trainer disagree by {gap:.1e} nats about a token")
@@ -186,8 +186,8 @@ class Config:
 
     # the run
     task: str = "signs"  # signs, or a module of tasks/: addition
-    size: int = 5  # of a problem: how many numbers
-    seed: int = 0  # of weights, problems and samples
+    size: int = 5  # how many numbers a problem has
+    seed: int = 0  # of the weights, and of what training draws; held-out problems have their own
     control: int = 1  # 1: train multi-turn RL, too, from the same base; --no-control: 0
     eval_n: int = 2000  # held-out problems in the table
     device: str = "cpu"  # or cuda
@@ -198,23 +198,23 @@ class Config:
     # the base: supervised training on drafts and revisions
     sft_steps: int = 1800  # steps
     sft_batch: int = 256  # documents a step
-    sft_lr: float = 6e-3  # peak learning rate, then linear to 0
+    sft_lr: float = 6e-3  # learning rate at the start, linear to 0; 100 steps of warm-up
     slip: float = 0.15  # probability of a draft's slip: a sign that is turned
-    slip_hard: float = 0.8  # the same where it is hard: a minus before a larger number
+    slip_hard: float = 0.8  # the same of a minus before a number larger than its left neighbour
     checks: float = 0.87  # share of documents that ask to check, with a right revision
-    right_revisions: float = 0.01  # share of right revisions in the others
-    careless: float = 0.0  # share of careless revisions in the others; the rest are copies
+    right_revisions: float = 0.01  # of the other documents, the share with a right revision
+    careless: float = 0.0  # and with a careless one; the rest are copies
     # reinforcement learning
     stage1_steps: int = 100  # steps of Stage I; 0: without Stage I
     stage2_steps: int = 30  # steps of Stage II
     batch: int = 512  # rollouts a step
     group: int = 4  # rollouts of each problem: the others are a row's baseline
-    lr: float = 1.5e-3  # peak learning rate of each method, then linear to 0
-    warmup: int = 20  # steps of warm-up, in each stage
-    temperature: float = 1.0  # of the samples and of all log-probabilities
+    lr: float = 1.5e-3  # learning rate that each method starts from, linear to 0 at its end
+    warmup: int = 20  # steps of warm-up of the control and of each stage
+    temperature: float = 1.0  # of the samples and log-probabilities of reinforcement learning
     alpha: float = 10.0  # weight of the progress bonus in Stage II
-    beta1: float = 0.01  # weight of the KL to the base, both attempts and stages
-    beta2: float = 1.0  # weight of the KL that holds attempt 1 in Stage I
+    beta1: float = 0.01  # weight of the KL to the base: both attempts, stages and control
+    beta2: float = 1.0  # added to beta1 for attempt 1 in Stage I, to hold it
 
     limits: ClassVar = dict.fromkeys(
         "control slip slip_hard checks right_revisions careless sft_lr lr".split(), (0, 1)
@@ -243,9 +243,9 @@ class Config:
 class Phase(NamedTuple):
     """A part of a run, and the name of the file of its weights.
 
-    step: takes one step, and returns what is logged. lr, final: the learning rates before the first
-    and after the last step; linear between them, and in `warmup` steps up from 0. A method ends
-    with the phase whose final is 0: what follows begins from the base again.
+    step: takes one step, and returns what is logged. The learning rate goes linearly from lr to
+    final, times a warm-up over the first `warmup` steps. A method ends with the phase whose final
+    is 0: what follows begins from the base again.
     """
 
     name: str
@@ -257,7 +257,7 @@ class Phase(NamedTuple):
 
 
 def method(c: Config, *parts: tuple[str, int, Callable]) -> list[Phase]:
-    """Return a method's phases, of (name, steps, step): the rate falls to 0 over all of them."""
+    """Return a method's phases, of (name, steps, step) with steps: the rate falls to 0 over all."""
     total, done, phases = sum(steps for _, steps, _ in parts), 0, []
     for name, steps, step in parts:
         if steps:
@@ -268,12 +268,12 @@ def method(c: Config, *parts: tuple[str, int, Callable]) -> list[Phase]:
 
 
 def schedule(c: Config) -> list[Phase]:
-    """Return the phases of a run: the base, the control for as many steps as both stages have, and
-    these; the last has the name of the method that the settings make."""
-    control, one, two = (partial(rl_step, stage=x) for x in (multi_turn, stage1, stage2))
+    """Return a run's phases: the base, the control for as many steps as both stages have, and the
+    stages. Of these the last is named for what is left out: Stage I, the bonus, or nothing."""
+    both, one, two = (partial(rl_step, stage=x) for x in (multi_turn, stage1, stage2))
     n1, n2 = c.stage1_steps, c.stage2_steps
     base = Phase("base", c.sft_steps, sft_step, c.sft_lr, 0.0, warmup=100)
-    control = method(c, ("multi_turn", c.control * (n1 + n2), control))
+    control = method(c, ("multi_turn", c.control * (n1 + n2), both))
     name = "no_stage1" if not n1 else "score" if c.alpha else "no_bonus"
     return [base, *control, *method(c, ("stage1", n1, one), (name, n2, two))]
 
@@ -317,9 +317,9 @@ def adamw(policy: GPT) -> torch.optim.Optimizer:
 def train(run: Run) -> Iterator[dict]:
     """Take the steps that are left, phase after phase; yield what is logged of each.
 
-    Whoever iterates may log, save or stop between any two steps: what a step draws depends on no
-    other step or phase. The reference is what the first phase leaves, never what Stage I made of
-    it, and each method begins from it.
+    Whoever iterates may log, save or stop between any two steps: a step's random numbers depend on
+    the seed, its phase's name and its number alone. What the first phase leaves is the reference
+    of all others, Stage II too, and the start of each method.
     """
     for phase in run.phases[run.phase :]:
         while run.step < phase.steps:
@@ -436,7 +436,7 @@ def main(argv: list[str], settings: type = Config) -> int:
         folder, c = parse(argv, settings)
         run = open_run(folder if c is None else create(c, folder))
         print(f"{folder}:", ", ".join(f"{x.name} {x.steps} steps" for x in run.phases), flush=True)
-        getattr(sys.modules[type(run.config).__module__], "drive", drive)(run)  # a room's, maybe
+        getattr(sys.modules[type(run.config).__module__], "drive", drive)(run)  # or its own
         return subprocess.run([sys.executable, ROOT / "eval.py", folder]).returncode
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: python score.py --resume {folder}")

@@ -120,7 +120,7 @@ LARGEST = 6  # the numbers of a problem are 1 to LARGEST
 def split_of(key_N: np.ndarray) -> np.ndarray:
     """Return each problem's split, [N] of "test" (10 %), "dev" (10 %) or "train" (80 %).
 
-    A hash (splitmix64) of what identifies it, an integer from 0 on: no list of problems is needed.
+    A hash (splitmix64's mixer) of what identifies it, an integer from 0 on: no list is needed.
     """
     x_N = key_N.astype(np.uint64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -130,8 +130,8 @@ def split_of(key_N: np.ndarray) -> np.ndarray:
 
 
 def draw(n: int, split: str, rng: np.random.Generator, M: int):
-    """Draw n problems of one split. Return their numbers [N, M], uniform; targets [N], each the sum
-    that a random choice of signs gives, and not negative; all choices, of 1 and -1 [C, M], of which
+    """Draw n problems of one split. Return their numbers [N, M]; targets [N], each the sum that a
+    random choice of signs gives, kept if not negative; all choices, of 1 and -1 [C, M], of which
     the first number is always added; and which of them solve which problem [N, C].
 
     The same numbers in another order, with the same target, are always in the same split.
@@ -144,7 +144,7 @@ def draw(n: int, split: str, rng: np.random.Generator, M: int):
         more_NM = rng.integers(1, LARGEST + 1, ((2 if split == "train" else 20) * n, M))
         more_N = (more_NM * rng.choice(sign_CM, len(more_NM))).sum(axis=1)
         key_N = np.sort(more_NM) @ 10 ** np.arange(M) * 100 + more_N
-        kept_N = (more_N >= 0) & (split_of(abs(key_N)) == split)
+        kept_N = (more_N >= 0) & (split_of(key_N) == split)
         x_NM, target_N = np.r_[x_NM, more_NM[kept_N]], np.r_[target_N, more_N[kept_N]]
     x_NM, target_N = x_NM[:n], target_N[:n]
     return x_NM, target_N, sign_CM, x_NM @ sign_CM.T == target_N[:, None]
@@ -185,14 +185,14 @@ def corpus(
 ) -> list[tuple[str, str, str]]:  # fmt: skip
     """Draw n documents (prompt, draft, revision) that teach the base model to draft and revise.
 
-    A draft is hasty: it adds up to the target and takes away beyond it, and sees only of the last
-    two numbers how they end nearest to it. Each sign slips, is turned, with probability `slip`, a
-    minus before a number that is larger than the one on its left with `slip_hard`: people like to
-    take the smaller from the larger. If slip < 0.5 < slip_hard, greedy drafts have no such minus.
+    A draft is hasty: it adds while not beyond the target, else takes away, and looks ahead only
+    when two numbers are left. Each sign but the first slips, is turned, with probability `slip`; a
+    minus before a number larger than its left neighbour, with `slip_hard`: people like to take the
+    smaller from the larger. If slip < 0.5 < slip_hard, greedy decoding writes no such minus.
 
     rights, careless: probabilities of a right revision, which turns as few signs of the draft as
-    can be (none if it is right), and of a careless one, which turns each with probability 0.15; the
-    other revisions are copies of the draft.
+    can be (none if it is right), and of a careless one, which turns each but the first with
+    probability 0.15; the other revisions are copies of the draft.
     """
     x_NM, target_N, sign_CM, solves_NC = draw(n, "train", rng, M)
     draft_NM, left_N = np.ones((n, M), int), target_N - x_NM[:, 0]  # left: up to the target

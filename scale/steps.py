@@ -108,7 +108,7 @@ def rl_update(run: Run, r: Rollout, reward_KB, paid_and_held) -> dict:
     """Do what `score.rl_update` does, in parts; all processes have all rows."""
     c, (advantage_KB, weight_K) = run.config, paid_and_held
     if reward_KB.isnan().any(dim=0).all():
-        raise RuntimeError("no verdict on any row of the batch: the verifier has failed")
+        raise RuntimeError("no row of the batch has both verdicts: the verifier has failed")
     models, gaps, kls = [run.policy, run.base], [], []
     run.optimizer.zero_grad()
     for at in slices(my_rows(c.batch), c.micro_batch):
