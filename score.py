@@ -187,7 +187,7 @@ class Config:
     # the run
     task: str = "signs"  # signs, or a module of tasks/: addition
     size: int = 5  # how many numbers a problem has
-    seed: int = 0  # of the weights, and of what training draws; held-out problems have their own
+    seed: int = 0  # of the weights and of all that training draws
     control: int = 1  # 1: train multi-turn RL, too, from the same base; --no-control: 0
     eval_n: int = 2000  # held-out problems in the table
     device: str = "cpu"  # or cuda

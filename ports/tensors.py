@@ -11,8 +11,6 @@ Dimension key: B rows (rollouts), S scored positions, K attempts.
 
 import torch
 
-from rollout import Rollout, log_probs
-
 
 def spread(turn_BS, advantage_KB, weight_K):
     """Return the advantage and the KL weight [B, S] of each token, both 0 in the context.
@@ -45,12 +43,13 @@ def fold(advantage_BS, weight_BS, logp_BS, ref_logp_BS, turn_BS):
     return advantage_BS
 
 
-def k1_terms(policy, base, r: Rollout, temperature: float):
+def k1_terms(policy, base, r, temperature: float):
     """Return what `rollout.token_terms` does, but each KL is estimated by the token that came.
 
     Its value is log(policy / base). Its gradient is that value times the gradient of log p: the
     value's own gradient would be 0 on average. Source: k1 of Schulman, joschu.net/blog/kl-approx.
     """
+    from rollout import log_probs
 
     def of_tokens(model):
         logp_BSV = log_probs(model(r.ids_BT[:, :-1]), temperature)

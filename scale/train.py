@@ -69,8 +69,7 @@ class Config(methods.Config):
     tensorboard: int = 0  # 1: write what is logged for TensorBoard, too
 
     limits: ClassVar = methods.Config.limits | dict(
-        recompute=(0, 1), save_every=(1, 10**9), tensorboard=(0, 1),
-        sft_steps=(0, 10**9),
+        recompute=(0, 1), save_every=(1, 10**9), tensorboard=(0, 1), sft_steps=(0, 10**9),
     )  # fmt: skip
 
     def __post_init__(self):

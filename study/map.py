@@ -10,6 +10,8 @@ and all methods start from it. Runs are done, kept and resumed as those of `pyth
 """
 
 import sys
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -17,18 +19,18 @@ import numpy as np
 from score import parse
 from study import figures
 from study.measure import Job, command, curve, jobs, mean, run_all
-from study.methods import EACH, KEYS, Config
+from study.methods import EACH, KEYS, KINDS, Config
 from study.tables import TITLES, markdown, values
 
 METHODS = ("multi_turn", "score", "no_stage1", "no_bonus", "pair_sft")
 PAIR, SEEDS, TASKS = METHODS[:2], (0, 1, 2, 3, 4), ("signs", "addition")
-RIGHTS, QUICK = (0.002, 0.005, 0.01, 0.03, 0.1, 0.3), (0.005, 0.03, 0.3)
+RIGHTS, QUICK = (0.002, 0.005, 0.01, 0.03, 0.1, 0.3), (0.002, 0.01, 0.1)
 CARELESS, AT = (0.03, 0.1, 0.3), 0.01  # the second map: of PAIR on TASKS[0], with AT right ones
 OWN = ("right_revisions", "careless")  # settings that make a level
 METRICS = ("acc_t1", "acc_t2", "delta", "delta_c_to_i", "changed")
 RATES = ("repair_rate", "spoil_rate")  # of the base, sampled
 BASE_N = 5000  # problems on which they are measured
-REASONS = (("multi_turn", "multi_turn"), ("score", "stage1"))  # methods and phases compared
+REASONS, FIRST = (("multi_turn", "multi_turn"), ("score", "stage1")), 30  # phases compared; steps
 
 # --- runs -----------------------------------------------------------------------------------------
 
@@ -42,32 +44,37 @@ def level(task: str, right: float, careless: float, methods) -> tuple[str, dict,
 
 def short(job: Job, run: dict) -> dict:
     """Return what the map keeps of what was measured of a run, and the curves of its reasons."""
-    c, phases = job.config, {}
+    phases, own = {}, {key: getattr(job.config, key) for key in ("task", "seed", *OWN)}
     for name, m in run["phases"].items():
         if name != "base" or job.name == "base":
-            keys = [key + end for key in RATES for end in ("", "_interval")]
-            sampled = {key: m["sampled"][key] for key in keys}
+            sampled = {key: m["sampled"][key] for key in RATES}
             phases[name] = {key: m[key] for key in METRICS} | {"sampled": sampled}
-    own = {key: getattr(c, key) for key in ("task", "seed", *OWN)}
     seen = curve(job.folder, KEYS, EACH) if job.name in PAIR else []
-    return own | dict(name=job.name, commit=job.commit, phases=phases, curve=seen)
+    for row, kind in product(seen, KINDS):  # the mean advantage of rows of a kind, if there are any
+        pay, share = row.pop(kind), row[f"{kind}_n"]
+        row |= {kind: pay / share} if share else {}
+    return own | dict(name=job.name, commit=run["commit"], phases=phases, curve=seen)
 
 
 def collect(args, words: list[str]) -> tuple[Path, dict]:
     """Train and measure what is asked for; return it, and the file that it is for."""
     bases, rest, runs = [], [], args.runs or Path("runs/map")
-    for task in args.task or TASKS[: 1 if args.quick else None]:
+    if any(word.startswith(("--right-revisions", "--careless")) for word in words):
+        raise ValueError("--right-revisions and --careless make the levels: give neither")
+    for task in dict.fromkeys(args.task or TASKS[: 1 if args.quick else None]):
         c, seeds = parse([*words, "--task", task], Config)[1], SEEDS[: 2 if args.quick else None]
         levels = [level(task, right, 0.0, METHODS) for right in RIGHTS]
         levels += [level(task, AT, x, PAIR) for x in CARELESS if task == TASKS[0]]
         if args.quick:
             levels = [level(task, right, 0.0, PAIR) for right in QUICK]
         found = jobs(c, levels, args.seeds or seeds, runs, "test")
-        bases += [job._replace(n=max(job.n, BASE_N)) for job in found[0]]
+        for job in found[0]:
+            bases.append(job._replace(n=BASE_N, config=replace(job.config, eval_n=BASE_N)))
         rest += found[1]
     measured = run_all((bases, rest), args.workers)
     found = [short(job, run) for job, run in zip(bases + rest, measured, strict=True)]
-    path = runs / f"{'quick-' if args.quick else ''}results" / "map.json"
+    kind = "quick-" if args.quick else "part-" if args.seeds or args.task else ""
+    path = runs / f"{kind}results" / "map.json"
     return path, dict(options=" ".join(words), runs=found)
 
 
@@ -86,8 +93,7 @@ def by_level(runs: list[dict], spoils: bool) -> dict:
 
 
 def collapsed(run: dict) -> bool:
-    """Return whether a run ended with second attempts that copy the first: at most 3 % of them
-    differ, and the accuracy by at most 2 points."""
+    """Return whether a run ended with copies: at most 3 % differ, and the accuracy by 2 points."""
     m = list(run["phases"].values())[-1]
     return abs(m["delta"]) <= 0.02 and m["changed"] <= 0.03
 
@@ -96,18 +102,18 @@ def table(levels: dict, spoils: bool) -> str:
     """Return the table of a task's levels."""
     rows, names = [], [x for x in ("base", *METHODS) if all(x in y for y in levels.values())]
     for level, group in levels.items():
-        x = values(group["base"], RATES[spoils], sampled=True)
+        rates = [values(group["base"], rate, sampled=True) for rate in RATES]
         t2, ours = (values(group[name], "acc_t2") for name in PAIR)
         better = sum(a > b for a, b in zip(ours, t2, strict=True))
-        row = [f"{level:g}", f"{np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f})"]
-        row += [f"{k} of {len(x)}" for k in (sum(map(collapsed, group["multi_turn"])), better)]
+        row = [f"{level:g}", *(f"{np.mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in rates)]
+        row += [f"{k} of {len(t2)}" for k in (sum(map(collapsed, group["multi_turn"])), better)]
         for name in names:
             m = (np.mean(values(group[name], key)) for key in ("acc_t1", "acc_t2", "changed"))
             row.append("{:.1f} / {:.1f} ({:.1f})".format(*m))
         rows.append(row)
-    what, rate = ("careless", "spoils") if spoils else ("right", "repairs")
-    titles = [f"{what} revisions", f"base {rate}, % (range)", "multi-turn RL collapsed",
-              "SCoRe's Acc@t2 higher", *(TITLES[name] for name in names)]  # fmt: skip
+    titles = [OWN[spoils].replace("_", " "), "base repairs, % (range)", "base spoils, % (range)",
+              "multi-turn RL collapsed", "SCoRe's Acc@t2 higher"]  # fmt: skip
+    titles += [f"{TITLES[name]}: t1 / t2 (changed)" for name in names]
     return markdown(f"| {' | '.join(titles)} |", rows)
 
 
@@ -118,11 +124,11 @@ def reasons(group: dict) -> dict[str, list[list[dict]]]:
 
 
 def reasons_table(levels: dict) -> str:
-    """Return the means over steps and seeds at each level."""
+    """Return the means over the first steps and all seeds at each level."""
     rows = []
     for level, group in levels.items():
         for phase, curves in reasons(group).items():
-            m = mean(sum(curves, []), KEYS)
+            m = mean([row for rows in curves for row in rows if row["step"] <= FIRST], KEYS)
             cells = (f"{m[key]:.3f}" if key in m else "" for key in KEYS)
             rows.append([f"{level:g}", TITLES[phase], *cells])
     titles = " | ".join(("right revisions", "", *KEYS)).replace("_", ", ")
@@ -131,15 +137,15 @@ def reasons_table(levels: dict) -> str:
 
 def text(data: dict) -> str:
     """Return what was run, and all tables, as Markdown."""
-    seeds, commits = (", ".join(sorted({str(x[key]) for x in data["runs"]}))
-                      for key in ("seed", "commit"))  # fmt: skip
-    parts = [f"{len(data['runs'])} runs, seeds {seeds}; commit {commits}; further options: "
-             f"{data['options'] or 'none'}."]  # fmt: skip
+    runs, about = data["runs"], f"options: {data['options'] or 'none'}"
+    for key in ("commit", "seed"):
+        about = f"{key} {', '.join(sorted({str(run[key]) for run in runs}))}; {about}"
+    parts = [f"{len(runs)} runs; {about}. Means over seeds, in per cent."]
     for spoils, rate in enumerate(("repairs", "spoils")):
-        for task, levels in by_level(data["runs"], spoils).items():
+        for task, levels in by_level(runs, spoils).items():
             parts += [f"## {task}: how often the base {rate}", table(levels, spoils)]
-            if not spoils:
-                parts += [f"## {task}: the reasons", reasons_table(levels)]
+    for task, levels in by_level(runs, False).items():
+        parts += [f"## {task}: the first {FIRST} steps", reasons_table(levels)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -148,11 +154,8 @@ def draw(data: dict, folder: Path) -> None:
     for spoils, name in enumerate(("map", "map-spoils")):
         if tasks := by_level(data["runs"], spoils):
             figures.draw_map(tasks, RATES[spoils], folder / f"{name}.png")
-    seen = {}
-    for task, levels in by_level(data["runs"], False).items():
-        nearest = min(levels, key=lambda x: abs(x - AT))
-        seen[f"{task}, {100 * nearest:g} % right revisions"] = reasons(levels[nearest])
-    figures.draw_reasons(seen, folder / "reasons.png")
+    tasks = by_level(data["runs"], False)
+    figures.draw_reasons({x: reasons(y[AT]) for x, y in tasks.items()}, folder / "reasons.png")
 
 
 def main(argv: list[str]) -> int:

@@ -133,26 +133,28 @@ def join(parts: list[Rollout], device) -> Rollout:
 # --- what is seen of a step, which changes no bit of it -------------------------------------------
 
 KINDS = [f"{what}_{first}" for what in ("changed", "copied") for first in ("wrong", "right")]
-KEYS = ("groups", *KINDS, "norm1", "norm2")
+KEYS = ("groups", *KINDS, *(f"{kind}_n" for kind in KINDS), "norm1", "norm2")
 EACH = 10  # steps from one look at the gradients to the next
 
 
 def paid_for(r: Rollout, reward_KB, advantage_B, G: int) -> dict:
-    """Return the share of groups with a repair, a row that went from wrong to right; and attempt
-    2's mean advantage in rows that changed or copied a wrong or right attempt 1, nan if there are
-    none."""
+    """Return the share of groups with a repair, a row that went from wrong to right; and of rows
+    that changed or copied a wrong or right attempt 1 their share, and what they add to the mean of
+    attempt 2's advantage."""
     changed_B = reward_KB.new_tensor([a != b for a, b in zip(*r.attempts, strict=True)])
     repaired_B = (reward_KB[0] == 0) & (reward_KB[1] == 1)
     found = dict(groups=repaired_B.view(-1, G).any(dim=1).float().mean().item())
     for kind in KINDS:
         what, first = kind.split("_")
         rows_B = (changed_B == (what == "changed")) & (reward_KB[0] == (first == "right"))
-        found[kind] = advantage_B[rows_B].mean().item()
+        found |= {f"{kind}_n": rows_B.float().mean().item()}
+        found[kind] = (advantage_B * rows_B).mean().item()
     return found
 
 
 def norms(run: Run, r: Rollout, terms, paid_and_held) -> dict:
-    """Return the norm of the gradient of each attempt's terms, as if the other's were none."""
+    """Return the norm of the gradient of each attempt's terms, pay and KL, as if the other's were
+    none."""
     found = {}
     for k in (1, 2):
         loss_B = loss(*terms, r.turn_BS * (r.turn_BS == k), *paid_and_held)
@@ -163,7 +165,7 @@ def norms(run: Run, r: Rollout, terms, paid_and_held) -> dict:
 
 def seen(run: Run, r: Rollout, reward_KB, terms, paid_and_held) -> dict:
     """Return what is seen of a step on sampled rows, every tenth time of the gradients, too."""
-    found = {} if run.step % EACH else norms(run, r, terms, paid_and_held)
+    found = {} if (run.step + 1) % EACH else norms(run, r, terms, paid_and_held)
     return found | paid_for(r, reward_KB, paid_and_held[0][1], run.config.group)
 
 

@@ -101,15 +101,11 @@ def grouped(runs: list[dict]) -> dict[str, list[dict]]:
     return found
 
 
-def points(rows: list[dict], key) -> list[float]:
-    """Return a share in each row, in per cent; nan for a rate among none."""
-    return [float("nan") if row[key] is None else 100 * row[key] for row in rows]
-
-
 def values(runs: list[dict], key: str, sampled: bool = False) -> list[float]:
-    """Return a metric of each run's last phase, in per cent."""
+    """Return a metric of each run's last phase, in per cent; nan for a rate among none."""
     last = [list(run["phases"].values())[-1] for run in runs]
-    return points([m["sampled"] if sampled else m for m in last], key)
+    found = [m["sampled"][key] if sampled else m[key] for m in last]
+    return [float("nan") if x is None else 100 * x for x in found]
 
 
 # --- tables ---------------------------------------------------------------------------------------
