@@ -241,7 +241,27 @@ def test_what_is_said_of_the_seeds_holds():
     assert (of("score", "delta") >= 20).all() and (of("score", "delta_c_to_i") <= 3).all()
     assert (of("score", "acc_t2") >= 80).all()
     assert (abs(of("base", "delta")) <= 1).all()
-    assert max(run["phases"]["base"]["sampled"]["repair_rate"] for run in group["base"]) <= 0.03
+    rates = [run["phases"]["base"]["sampled"]["repair_rate"] for run in group["base"]]
+    assert 0.003 < min(rates) < max(rates) < 0.006
+    assert round(of("multi_turn", "changed").max(), 1) == 0.8
+    assert (ahead.min().round(), ahead.max().round()) == (9, 38)
+    first = of("base", "acc_t1").mean()
+    for name in ("star", "star_plus", "pair_sft", "pair_sft_plus"):
+        assert of(name, "acc_t1").mean() < first
+        assert (
+            of("base", "acc_t2").mean() < of(name, "acc_t2").mean() < of("score", "acc_t2").mean()
+        )
+    assert sorted(of("no_stage1", "delta").round(1))[:3] == [0.0, 0.0, 1.8]
+    gaps = {name: (of(name, "acc_t2") - of("score", "acc_t2")).mean() for name in group}
+    assert round(gaps["no_stage1"]) == -20 and all(
+        abs(gaps[x]) < 1 for x in ("no_bonus", "star_stage2", "offline")
+    )
+    p = tables.paired_t(list(of("no_stage1", "acc_t2")), list(of("score", "acc_t2")))
+    assert round(p, 2) == 0.03 and "p 0.126" in tables.text(collected("study"))
+    assert round((of("score", "delta") - of("no_bonus", "delta")).mean()) == 6
+    rising = [of(name, "acc_t1").mean() for name in ("alpha30", "score", "alpha1", "no_bonus")]
+    assert rising == sorted(rising) and 0.4 < of("leak", "acc_t1").mean() / first < 0.5
+    assert max(group, key=lambda name: of(name, "delta").mean()) == "leak"
 
 
 def test_the_rows_of_the_study_are_settings_of_equal_budget():
