@@ -15,7 +15,8 @@ decided so:
   names              "x = 5", "f(x) = 5", "AB = 5", "x \in S": the name may be missing on one
                      side; in a list only if all its names are the same
   equations          equal up to a factor; so are inequalities, the factor being positive
-  a = b = c          says c (or what stands before a sign of approximation)
+  a = b = c          says c (or what stands before a sign of approximation). Numbers among them
+                     must be equal, or 5 = 6 would say 6; a decimal may round: 1/3 = 0.33
   lists              1, 2 and {2, 1}: order and repetition are free, as in sets
   (1, 2) [1, 2]      brackets and order count; a list without brackets is neither
   intervals          are not inequalities: (0, 1) is not 0 < x < 1
@@ -30,6 +31,7 @@ decided so:
 """
 
 import re
+import time
 
 from tasks import algebra, equality, latex
 from tasks.nodes import Unreadable
@@ -66,8 +68,8 @@ def judge(answer: str, gold: str, timeout: float) -> tuple[int | None, str, str]
     try:
         expected = final_answer(gold)
         if plain_text(expected) is None:
-            latex.parse(expected)
-    except Unreadable as error:
+            equality.read(expected, time.monotonic() + timeout)
+    except (Unreadable, algebra.TimedOut, algebra.WorkerDied) as error:
         return None, "error", f"gold answer {gold[-50:]!r}: {error}"
     try:
         found = final_answer(answer)

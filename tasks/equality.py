@@ -11,8 +11,8 @@ import re
 import time
 from fractions import Fraction
 
-from tasks import algebra
-from tasks.latex import parse
+from tasks import algebra, nodes
+from tasks.latex import Parser
 from tasks.nodes import add, are_numbers, has_symbol, is_equation, is_name, kind, mul, negative
 
 SURE_DIGITS = 12  # a decimal of so many significant digits stands for what it rounds
@@ -26,29 +26,51 @@ def same(a: str, b: str, timeout: float = 2.0) -> bool:
     (True, False, True)
     """
     deadline = time.monotonic() + timeout
-    x, y = parse(a), parse(b)
+    x, y = read(a, deadline), read(b, deadline)
     if equal(x, y, deadline):
         return True
-    half_a, half_b = sure_decimal(a), sure_decimal(b)
+    half_a, half_b = last_place(a), last_place(b)
     if (half_a is None) == (half_b is None):
         return False
-    half, decimal, other = (half_a, x, y) if half_b is None else (half_b, y, x)
+    return near(x, y, half_a, deadline) if half_b is None else near(y, x, half_b, deadline)
+
+
+def read(text: str, deadline: float):
+    """Return the node of an answer. Unreadable if it says of numbers that differ that they are
+    equal: 5 = 6. A decimal may round the number before it: 1/3 = 0.33."""
+    parser = Parser(text)
+    x = parser.answer()
+    for claim in parser.claims:
+        for _, a, b, written in nodes.both_signs(("claim", *claim)):
+            half = last_place(written, 1)
+            if not (converts(a, b) or equal(a, b, deadline) or half and near(b, a, half, deadline)):
+                raise nodes.Unreadable(f"{written[:40]} does not equal what stands before it")
+    return x
+
+
+def converts(a, b) -> bool:
+    """Does the unit or base change? As in 1 h = 60 min and 1011_2 = 11, but not in 6 = 6 cm."""
+    old, new = (x[2] if kind(x) in ("unit", "base") else None for x in (a, b))
+    return old != new and (old is not None or new == "degree" or kind(b) == "base")
+
+
+def near(decimal: Fraction, other, half: Fraction, deadline: float) -> bool:
     if isinstance(other, Fraction):
         return other.denominator != 1 and abs(decimal - other) <= half
     return kind(other) == "number" and algebra.ask("near", decimal, other, deadline, half)
 
 
-def sure_decimal(text: str) -> Fraction | None:
-    """Return half a unit in the last place of a decimal with at least SURE_DIGITS digits, or None.
+def last_place(text: str, digits: int = SURE_DIGITS) -> Fraction | None:
+    """Return half a unit in the last place of a decimal with at least so many digits, or None.
 
-    >>> sure_decimal("0.333333333333"), sure_decimal("0.3333")
+    >>> last_place("0.333333333333"), last_place("0.3333")
     (Fraction(1, 2000000000000), None)
     """
     match = re.fullmatch(
         r"\s*-?\s*(\d*)\.(\d+)(?:\s*\\(?:times|cdot)\s*10\s*\^\s*(?:\{\s*(-?\d{1,3})\s*\}|(-?\d{1,3})))?\s*",
         text, re.ASCII,
     )  # fmt: skip
-    if not match or len((match[1] + match[2]).lstrip("0")) < SURE_DIGITS:
+    if not match or len((match[1] + match[2]).lstrip("0")) < digits:
         return None
     return Fraction(10) ** (int(match[3] or match[4] or 0) - len(match[2])) / 2
 

@@ -43,6 +43,7 @@ def parse(text: str):
 class Parser:
     def __init__(self, text: str):
         self.tokens, self.at, self.depth, self.bars = tokens(text), 0, 0, 0
+        self.claims = []  # of two numbers: that they are equal; and how the second is written
 
     def peek(self, ahead: int = 0):
         at = self.at + ahead
@@ -89,10 +90,14 @@ class Parser:
         return found
 
     def relation(self):
-        sides, signs = [self.union()], []
+        sides, signs, known = [self.union()], [], []
         while sign := self.take(*RELATIONS):
-            signs.append(sign)
+            known = [side for side in (*known, sides[-1]) if sign == "=" and nodes.is_known(side)]
+            signs, start = [*signs, sign], self.at
             sides.append(self.union())
+            if known and nodes.is_known(sides[-1]):
+                written = "".join(text for _, text in self.tokens[start : self.at])
+                self.claims.append((known[-1], sides[-1], written))
         return nodes.relate(sides, signs)
 
     def union(self):

@@ -44,6 +44,14 @@ def has_symbol(x) -> bool:
     return isinstance(x, tuple) and (x[0] == "sym" or any(has_symbol(part) for part in x[1:]))
 
 
+def is_known(x) -> bool:
+    """Is it a number, or made of numbers: without names, ratios, and logarithms of no base?"""
+    if not isinstance(x, tuple):
+        return True
+    unknown = x[0] in ("sym", "call", "ratio") or x[:2] in (("fn", "log"), ("fn", "prime"))
+    return not unknown and all(map(is_known, x[1:]))
+
+
 def is_name(x) -> bool:
     """Is it x, f(x), the segments AB, AB/CD or |AB|, V_1 : V_2, or (x, y)?
 

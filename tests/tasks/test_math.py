@@ -149,6 +149,8 @@ def test_exact_value_of_what_was_written(expression, other):
     gold = str(value)  # Python's own p/q
     assert reward(text, gold) == reward(gold, text) == 1
     assert reward(text, str(other)) == (other == value)
+    assert reward(f"x = {text} = {gold}", gold) == reward(f"{gold} = {text}", gold) == 1
+    assert reward(f"{text} = {other}", str(other)) == (other == value), "a false equation is paid"
 
 
 SAME = [
@@ -181,6 +183,10 @@ SAME = [
     ("x'+1", "1+x'"), (r"3\frac{x}12", "6x"),
     (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{bmatrix}1&2\end{bmatrix}"),
     (r"\begin{array}{c|c}1&2\\3&4\end{array}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    (r"\sqrt{25}=5", "5"), (r"\sqrt2=1.41", "1.41"), (r"45^\circ=\frac{\pi}{4}", r"\pi/4"),
+    (r"\frac{\pi}{4}=45^\circ", "45"), (r"2\cdot3=6\text{ cm}", "6"), ("1 h = 60 min", "60"),
+    ("1011_2 = 11", "11"), (r"\frac12=50\%", r"50\%"), ("6:10=3:5", "3:5"), ("f(2)=4=4", "4"),
+    (r"\log 100=2", "2"), (r"x=\pm\sqrt4=\pm2", "2,-2"), ("(1,2)=(1,4/2)", "(1,2)"),
 ]  # fmt: skip
 DIFFERENT = [
     (r"50\%", r"5000\%"), ("10, 0.1, 20, 0.2", r"10\%, 20\%"), ("1, 2, 0.01", r"1\%, 2"),
@@ -213,6 +219,12 @@ DIFFERENT = [
     ("3!!", "720"), (r"\csc^{-1}x", r"\sin x"), (r"\frac5{x-x}", r"\frac7{x-x}"), ("0^0", "1"),
     ("2^3^2", "64"), ("12:00", "1:00"), ("x'", "x"), ("4'", "7"), ("24abcd", "24"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
+    ("5=6", "6"), ("5=6", "5"), ("x=5=6", "6"), ("5=x=6", "6"), ("AB=5=6", "6"),
+    ("f(2)=5=6", "6"), ("1=2=1", "1"), ("5=6~6.1", "6"), ("7, 5=6", "7,6"), ("5.6=6", "6"),
+    (r"\sqrt{25}=6", "6"), (r"\sqrt2=1.42", "1.42"), ("1/3=0.34", "0.34"), ("0.33=1/3", "1/3"),
+    ("23/50=1/2", "1/2"), (r"2\cdot4=6\text{ cm}", "6"), ("5 cm = 6 cm", "6"), (r"5=6\%", r"6\%"),
+    (r"5\%=6\%", r"6\%"), (r"\pm5=\pm6", r"\pm6"), ("(1,2)=(3,4)", "(3,4)"),
+    ("x=1,x=5=6", "1,6"), (r"\{1,2\}=\{1,3\}", "1,3"),
 ]  # fmt: skip
 
 
@@ -249,7 +261,8 @@ def test_completions(answer, status):
 
 def test_unreadable_gold_is_an_error_and_not_the_answers_fault():
     ragged = r"\begin{pmatrix}1&2\\3\end{pmatrix}"
-    for gold in ("", r"\boxed{", r"\zzz", "1/0", "the answer is 5", ragged, "1," * 27 + "1"):
+    unequal = "5 = 6", r"\sqrt4 = 6"
+    for gold in ("", r"\boxed{", r"\zzz", "1/0", "it is 5", ragged, "1," * 27 + "1", *unequal):
         assert judge("5", gold)[:2] == (None, "error"), gold
         assert reward(gold, gold) is None, "right samples alone would be kept"
     assert "1/0" in judge("5", "1/0")[2]
