@@ -44,6 +44,17 @@ SEPARATORS = re.compile(rf"(?:\s|\.|{SEPARATOR.pattern})*")
 LEAD_IN = re.compile(  # the last words before the one formula of a sentence
     r"(?:.*\b(?:is|are|that|answer|therefore|thus|hence|so|matrix)\s*:?|[^:]*:)?\s*", re.I | re.S
 )
+BOLD = re.compile(r"(?<![\w)}])\*\*([^*\n]+)\*\*(?!\w)")
+CLOSING = re.compile(  # the words that evaluation prompts want before the answer that ends a text
+    r"""(?:\A|\n|[.!?]\s+)\#{4}[ ](?=[-$\\]*[0-9])  # of GSM8K
+    |(?:\A|(?<![:,;(])\n|[.!?]\s+|\$\s+(?=therefore))(?=[A-Z#]|therefore)(?i:(?:\#+\s)?
+    (?:(?:(?:so|thus|hence|therefore),?\s)?(?:the\s)?(?:final\s|correct\s|best\s)?
+    answer(?:\s\(arabic\ numerals\))?(?:\sis\b:?|:|\n):?\s*){1,2}
+    (?:(?<=:[ ])the\s[a-z]+\s(?:of\s\$?[a-z]+\$?\s)?is\s)?)
+    |(?<=\.)\n(?=[-$\\]*[0-9][0-9.,]*[%$]*\Z)  # a number in the last line, after a sentence""",
+    re.X,
+)
+END = re.compile(r"(?:,? because [A-Za-z ,'’-]+)?\.?(?:\s+I hope (?:it|this) is correct\.?)?\s*\Z")
 AFTER = re.compile(r"\s*(?:is the (?:answer|solution|result)\s*)?[.!]?\s*", re.I)
 PLAIN_WORDS = re.compile(r"[A-Za-z\s.,:;'’-]*")
 DENIAL = re.compile(
@@ -96,7 +107,7 @@ def final_answer(text: str) -> str:
     """
     boxes = list(BOX.finditer(text))
     if not boxes:
-        return bare(text)
+        return bare(closing(text))
     line = text.rfind("\n", 0, boxes[-1].start()) + 1
     last = [box for box in boxes if box.start() >= line]
     if len(last) > 20:
@@ -119,6 +130,26 @@ def balanced(text: str, start: int) -> str | None:
         if depth == 0:
             return text[start : start + brace.start()]
     return None
+
+
+def closing(text: str) -> str:
+    """Return what the words that close a text lead to, as in "The answer is 5."; else the text.
+    Unreadable if they lead to two different answers, or are part of a denial."""
+    tail = BOLD.sub(r"\1", "\n".join(filter(None, map(str.strip, text.split("\n")))))
+    tail = tail if len(tail) <= MAX_CHARS else "," + tail[-MAX_CHARS:]  # nothing starts at the cut
+    if not (marks := list(CLOSING.finditer(tail))):
+        return text
+    said = {tail[mark.end() :].split("\n")[0].strip("$. ") for mark in marks}
+    rest = tail[marks[-1].end() :]
+    end = END.search(rest)
+    rest = rest[: end.start()]
+    words = marks[-1][0].strip() or re.split(r"\n|[.!?]\s", tail[: marks[-1].start()])[-1]
+    if (
+        len(said) > 1 or DENIAL.search(words + end[0]) or not re.search("[A-Za-z#]", words)
+        or rest[:1] == "~" or rest[-1:] == "!" or "\n" in SEGMENT.sub("", rest)
+    ):  # fmt: skip
+        raise Unreadable("no box, and not one answer that closes the text")
+    return rest
 
 
 def bare(text: str) -> str:

@@ -254,6 +254,115 @@ COMPLETIONS = [
 ]  # fmt: skip
 
 
+CLOSINGS = [  # each says that it is 42, as an evaluation prompt wants it said
+    "The answer is 42", "The answer is 42.", "The answer is: 42", "The answer is $42$.",
+    "The answer is $$42$$", "The answer is **42**.", "**The answer is 42.**", "The answer is $42.",
+    r"The answer is \$42.", r"The answer is \(42\).", "The answer is x = 42.", "Answer: 42",
+    "ANSWER: 42", "Answer: $42$", "**Answer:** 42", "**Answer**: 42", "### Answer\n42",
+    "Final answer: 42", "Final Answer:\n42", "**Final Answer**\n\n42", "Final Answer:\n$$\n42\n$$",
+    "The final answer is 42", "The final answer is $42$. I hope it is correct.",
+    "Final Answer: The final answer is $42$. I hope it is correct.",
+    "Final Answer: The volume of $ABC$ is 42. I hope it is correct.", "So the answer is 42.",
+    "Therefore, the answer is 42.", "Therefore, the answer (arabic numerals) is 42.", "#### 42",
+    "Hence the final answer is 42.", "Thus, the answer is 42.", "The correct answer is 42.",
+    "The answer is 42 cm.", "The answer is 42 apples.",
+    "The answer is 42, because geometry says so.",
+    "She has 2*21=<<2*21=42>>42 of them.\n#### 42", "#### 42 ", "First 6*7.\n42", "It is 6.\n$42$",
+    "I tried 41, not 42. Is it 43? So the answer is 42.", "Not 41.\n\nThe answer is 42.\n",
+    "so $x+y = 1000$ therefore the answer is $42$", "Let $x=4$ and $y=5$.\nThe answer is 42",
+    "The answer is 42.\n#### 42", "x " * 3000 + "\nThe answer is 42",
+]  # fmt: skip
+NOT_CLOSINGS = [  # and none of these says 42, or not for sure
+    # two answers
+    "The answer is 41 or 42.", "The answer is 42 or 41.", "The answer is 42 and 41.",
+    "The answer is 42, 41.", "The answer is 42 (or 41).", "The answer is either 42 or 41.",
+    "The answer is 41. The answer is 42.", "Answer: 41\nAnswer: 42", "#### 41\n#### 42",
+    "#### 41 42", "#### 41, 42", "The answer is 41.\n#### 42", "Final answer: 41; 42",
+    "Answer: 42/41",
+    "The answer is $41$ or $42$.", "A. The answer is 41\nB. The answer is 42",
+    "1. The answer is 41.\n2. The answer is 42.", "The answer is 41.\n42", "41.\n42",
+    "The answer is $42 or $41.",
+    # a denial
+    "The answer is not 42.", "The answer is not $42$.", "The answer isn't 42.",
+    "The answer is no 42",
+    "The answer is never 42.", "The answer is anything but 42.", "The answer is 42 is false.",
+    "The answer is 42, not.", "It is not the case that the answer is 42.",
+    "Not so: the answer is 42.",
+    "It is wrong that\nthe answer is 42", "Never say:\nThe answer is 42", "The wrong answer is 42.",
+    "The answer is other than 42.", "Final Answer: The opposite is 42.", "It is not this one.\n42",
+    "The answer is 42 because I was wrong.", "Final Answer: The half of x is 42.",
+    # a question
+    "Is the answer 42?", "The answer is 42?", "Answer: 42?", "#### 42?",
+    "So the answer is 42, right?",
+    "The answer is 42. Or is it?", "The answer is ?\n42", "The answer is 42 ??",
+    # a quotation
+    'Bob says: "The answer is 42."', '"The answer is 42."', "“The answer is 42”",
+    "'The answer is 42'",
+    "> The answer is 42", "Bob says the answer is 42.", "Bob says:\nThe answer is 42",
+    '"I know it.\nThe answer is 42"', "`The answer is 42`", "```\nThe answer is 42\n```",
+    "Write 'Answer: 42' at the end.", "The answer is said to be 42.", "The answer is “42”.",
+    # a retraction, or more text
+    "The answer is 42. No, it is 41.", "The answer is 42. Wait.",
+    "The answer is 42\nThat is wrong.",
+    "#### 42\nNo.", "The answer is 42. I hope it is not correct.", "Answer: 42 - no",
+    "Answer: 42\n41",
+    "The answer is 42. I hope it is correct. It is 41.", "The answer is 42.\n\nQ: What is 6*8?",
+    "Final answer: 42 (wrong)", "The answer is 42, I mean 41", "The answer was 42.",
+    # a range, or about so many
+    "The answer is 42 to 43.", "The answer is 41-42.", "The answer is 41–42.", "The answer is ~42.",
+    "The answer is between 41 and 42.", "The answer is at least 42.", "The answer is about 42.",
+    "The answer is > 42.", "The answer is \\le 42.", "The answer is 42+.",
+    "The answer is roughly $42$.",
+    r"The answer is $\approx 42$ or so.", "The answer is [42, 43].", "The answer is 42 or more.",
+    "The answer is less than 42.", "The answer is 42 give or take 1.", "The answer is 42...",
+    # a condition
+    "If x = 1, the answer is 42.", "If x is 1,\nThe answer is 42", "The answer is 42 if x = 1.",
+    "The answer is 42 when x is odd.", "The answer is 42 unless x = 1.",
+    "When $x=1$ the answer is 42.",
+    "Assuming so (\nThe answer is 42", "Final Answer: The value if x is 42.",
+    "Case odd: the answer is 42",
+    # another number, or what is no number
+    "The answer is minus 42.", "The answer is -42.", "The answer is 42 million.",
+    "The answer is 42%%",
+    "The answer is half of 42.", "The answer is 42 squared.", "The answer is 42!",
+    "The answer is 4 2.",
+    "The answer is 42 tens.", "The answer is 42 less.", "The answer is four 42.",
+    "The answer is 0x2a",
+    "The answer is 40 + 1.", "The answer is 5 = 42.", "The answer is twice 42",
+    "The answer is 42 short of 50.",
+    "Answer: A) 42", "The answer is the root of 42.", "The answer is 42_{50}.",
+    "The answer is 42e1.",
+    # the middle of prose
+    "We get 42", "Therefore there are 42 of them.", "the answer is 42",
+    "I say that the answer is 42 here.",
+    "The answer is clear: 42", "The answer is in line 42.", "My page\n42", "Choose from\n42",
+    "Pages:\n42",
+    "One is 41, one is\n42", "Answer sheet 42", "# 42", "##### 42", "x#### 42",
+    "The answer #### 42",
+    "The answer is", "Answer:", "#### ", "#### x42",
+    "The answer is 42 of them because 41 is prime.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", CLOSINGS)
+def test_words_that_close_a_text_lead_to_the_answer(answer):
+    assert judge(answer, "42")[1] == "right" and judge(answer, "41")[1] == "wrong"
+    assert judge(answer + "\nNo.", "42")[1] == "unparsed", "it does not close the text"
+    assert judge(r"\boxed{41} " + answer, "42")[1] == "wrong", "a box comes first"
+
+
+@pytest.mark.parametrize("answer", NOT_CLOSINGS)
+def test_no_other_words_lead_to_an_answer(answer):
+    assert reward(answer, "42") == 0
+    assert reward("Let x = 7. " + answer, "42") == 0
+    assert reward("Six times seven.\n\n" + answer, "42") == 0
+
+
+def test_a_denial_is_unparsed():
+    for text in NOT_CLOSINGS[19:24]:
+        assert judge(text, "42")[1] == "unparsed", text
+
+
 @pytest.mark.parametrize(("answer", "status"), COMPLETIONS)
 def test_completions(answer, status):
     assert judge(answer, "5")[1] == status
