@@ -87,11 +87,9 @@ def judge(answer: str, gold: str, timeout: float) -> tuple[int | None, str, str]
         if same_text(found, expected) or equality.same(found, expected, timeout):
             return 1, "right", ""
         return 0, "wrong", ""
-    except Unreadable as error:
+    except (Unreadable, RecursionError) as error:  # the caller may stand deep in the stack already
         status = "unparsed" if plain_text(answer) is None else "wrong"
         return 0, status, f"{error}{'' if BOX.search(answer) else '; no box in the text'}"
-    except RecursionError:  # the caller stands deep in the stack already
-        return 0, "unparsed", "nested too deep"
     except algebra.TimedOut as error:
         return 0, "timeout", str(error)
     except algebra.WorkerDied as error:

@@ -61,11 +61,7 @@ def near(decimal: Fraction, other, half: Fraction, deadline: float) -> bool:
 
 
 def last_place(text: str, digits: int = SURE_DIGITS) -> Fraction | None:
-    """Return half a unit in the last place of a decimal with at least so many digits, or None.
-
-    >>> last_place("0.333333333333"), last_place("0.3333")
-    (Fraction(1, 2000000000000), None)
-    """
+    """Return half a unit in the last place of a decimal with at least so many digits, or None."""
     match = re.fullmatch(
         r"\s*-?\s*(\d*)\.(\d+)(?:\s*\\(?:times|cdot)\s*10\s*\^\s*(?:\{\s*(-?\d{1,3})\s*\}|(-?\d{1,3})))?\s*",
         text, re.ASCII,
@@ -89,11 +85,9 @@ def equal(x, y, deadline: float) -> bool:
         return matched(x[1:], y[1:], deadline)
     if kinds[0] != kinds[1] or are_numbers(x, y):
         return False
-    if kinds[0] == "seq":
-        return (x[1], x[-1]) == (y[1], y[-1]) and in_order(x[2:-1], y[2:-1], deadline)
     if kinds[0] == "union":
         return matched(x[1:], y[1:], deadline)
-    if kinds[0] in ("matrix", "ratio"):
+    if kinds[0] in ("seq", "matrix", "ratio"):  # brackets, too, are equal if they are the same
         return in_order(x[1:], y[1:], deadline)
     return algebra.ask("zero", x, y, deadline)
 
@@ -133,10 +127,8 @@ def in_order(xs, ys, deadline) -> bool:
 def matched(xs, ys, deadline) -> bool:
     """Return whether each item has its equal on the other side: order and repetition are free."""
 
-    def found(x, items):  # "x = 1, y = 2" is not "2, 1": no name is dropped from a single item
-        return any(
-            (kind(x) == "rel") == (kind(y) == "rel") and equal(x, y, deadline) for y in items
-        )
+    def found(x, ys):  # "x = 1, y = 2" is not "2, 1": no name is dropped from a single item
+        return any((kind(x) == "rel") == (kind(y) == "rel") and equal(x, y, deadline) for y in ys)
 
     xs, ys = dict.fromkeys(xs), dict.fromkeys(ys)
     if len(xs) != len(ys):  # as many, or "10, 0.1" would be 10 %
@@ -171,7 +163,5 @@ def same_relation(x, y, deadline) -> bool:
     if len(x[1]) > 1 or x[1] == ("in",) or {kind(part) for part in x[2:] + y[2:]} != {"number"}:
         return False
     sides = [add(part[2], negative(part[3])) for part in (x, y)]
-    if not all(has_symbol(side) for side in sides):
-        return False
     what = "positive factor" if x[1][0] in ("<", "<=") else "factor"
-    return algebra.ask(what, *sides, deadline)
+    return all(map(has_symbol, sides)) and algebra.ask(what, *sides, deadline)

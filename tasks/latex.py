@@ -29,10 +29,7 @@ INVERSE = [("op", "^"), ("op", "{"), ("op", "-"), ("num", "1"), ("op", "}"), ("o
 
 
 def parse(text: str):
-    r"""Return the node of an answer without dollar signs around it.
-
-    Raises:
-      Unreadable: with the first thing that is not known.
+    r"""Return the node of an answer without dollar signs around it, or raise Unreadable.
 
     >>> parse(r"2\frac12"), parse("x^2=-1")[2]
     (Fraction(5, 2), ('pow', ('sym', 'x'), Fraction(2, 1)))
@@ -104,11 +101,9 @@ class Parser:
         parts = [self.ratio()]
         while self.take("cup"):
             parts.append(self.ratio())
-        if len(parts) == 1:
-            return parts[0]
-        if any(kind(part) not in ("seq", "set") for part in parts):
+        if len(parts) > 1 and any(kind(part) not in ("seq", "set") for part in parts):
             raise Unreadable("a union of what are not sets")
-        return ("union", *parts)
+        return parts[0] if len(parts) == 1 else ("union", *parts)
 
     def ratio(self):
         parts = [self.sum()]
@@ -128,12 +123,7 @@ class Parser:
         minus = False
         while sign := self.take("+", "-"):
             minus ^= sign == "-"
-        x = self.term()
-        if not minus:
-            return x
-        if kind(x) in ("percent", "unit"):
-            return (x[0], negative(x[1]), *x[2:])
-        return negative(scalar(x))
+        return nodes.times(Fraction(-1), self.term()) if minus else self.term()
 
     def term(self):
         x = self.factor()
@@ -160,9 +150,8 @@ class Parser:
             return power_before or self.tokens[self.at - 1] in (("op", ")"), ("op", "}"))
         if kind == "cmd":
             return text in FUNCTIONS or text in PRIMARIES
-        return kind == "sym" or (
-            kind == "op" and (text in ("(", "{") or text == "|" and not self.bars)
-        )
+        opens = text in ("(", "{") or text == "|" and not self.bars
+        return kind == "sym" or kind == "op" and opens
 
     def factor(self):
         x, before = self.primary(), []
@@ -174,7 +163,7 @@ class Parser:
             if sign == "^":
                 x = power(scalar(x), scalar(self.exponent()))
             elif sign == "!":
-                x = nodes.factorial(scalar(x))
+                x = nodes.whole("factorial", scalar(x))
             elif sign == "%":
                 x = ("percent", scalar(x))
             elif sign == "'":
@@ -186,12 +175,11 @@ class Parser:
 
     def unit_name(self) -> str:
         name = self.next()
-        if self.take("^"):
-            size = self.argument()
-            if size not in (2, 3):
-                raise Unreadable("a unit to a power that is not 2 or 3")
-            name += f"^{size}"
-        return name
+        if not self.take("^"):
+            return name
+        if (size := self.argument()) not in (2, 3):
+            raise Unreadable("a unit to a power that is not 2 or 3")
+        return f"{name}^{size}"
 
     def exponent(self):
         """Read what follows ^: {x}, (x), a letter, a command, or a whole number, as in 2^10."""
@@ -363,7 +351,7 @@ class Parser:
         return power(x, power(scalar(index), Fraction(-1)))
 
     def binomial(self):
-        return nodes.binomial(scalar(self.argument()), scalar(self.argument()))
+        return nodes.whole("binomial", scalar(self.argument()), scalar(self.argument()))
 
 
 PRIMARIES = {

@@ -142,20 +142,13 @@ def power(a, b):
     return a**b.numerator
 
 
-def factorial(a):
-    if not are_numbers(a):
-        return ("fn", "factorial", a)
-    if a.denominator != 1 or not 0 <= a <= 3000:
-        raise Unreadable("factorial of a number that is not an integer from 0 to 3000")
-    return Fraction(math.factorial(int(a)))
-
-
-def binomial(n, k):
-    if not are_numbers(n, k):
-        return ("fn", "binomial", n, k)
-    if n.denominator != 1 or k.denominator != 1 or not 0 <= k <= n <= 3000:
-        raise Unreadable("binomial of numbers that are not integers, 0 <= k <= n <= 3000")
-    return Fraction(math.comb(int(n), int(k)))
+def whole(name: str, n, *k):
+    """Return the node of n! or of n over k."""
+    if not are_numbers(n, *k):
+        return ("fn", name, n, *k)
+    if any(x.denominator != 1 for x in (n, *k)) or not 0 <= (k or (n,))[0] <= n <= 3000:
+        raise Unreadable(f"{name} of numbers that are not integers from 0 to 3000")
+    return Fraction((math.comb if k else math.factorial)(*map(int, (n, *k))))
 
 
 def times(x, y):
