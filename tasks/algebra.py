@@ -141,9 +141,8 @@ def decide(what: str, x, y, half) -> bool:
         return bool(gap.is_comparable and abs(gap) <= half)
     if what in ("factor", "positive factor"):
         quotient = sympy.simplify(a / b)
-        if not quotient.is_number or not quotient.is_real or quotient.is_zero is not False:
-            return False
-        return what == "factor" or quotient.is_positive is True
+        number = quotient.is_number and quotient.is_real and quotient.is_zero is False
+        return bool(number and (what == "factor" or quotient.is_positive))
     return a == b or (not refuted(a, b) and proven_zero(a - b))
 
 
@@ -177,8 +176,7 @@ def refuted(a, b) -> bool:
         point = {s: sympy.Rational(p * (k + 2) + k * k, q + k) for k, s in enumerate(symbols)}
         u, v = (z.subs(point).evalf(40) for z in (a, b))
         if all(z.is_number and z.is_finite for z in (u, v)):
-            scale = max(abs(u), abs(v), sympy.Float("1e-30"))
-            if abs(u - v) > scale * sympy.Float("1e-20"):
+            if abs(u - v) > max(abs(u), abs(v), sympy.Float("1e-30")) * sympy.Float("1e-20"):
                 return True
     return False
 

@@ -1,10 +1,12 @@
 r"""Is the answer of a completion right? Where it stands, and what counts as equal.
 
-The answer is the last \boxed{}. Without a box the text must *be* an answer, or plain words round
-one formula: "The sum is $5$."; nothing is searched for in prose. What the sources leave open is
-decided so:
+The answer is the last \boxed{}; without a box, what evaluation prompts want at the end of a text:
+"The answer is 5.", "Final answer: 5", "#### 5"; else the text must *be* an answer, or plain words
+round one formula: "The sum is $5$.". Nothing is searched for in prose. What the sources leave open
+is decided so:
 
   boxes              the last one counts; another, different one in the same line: unparsed
+  closing words      start a sentence; two that lead to different answers, or text behind: unparsed
   percent            50\% equals 50 and 0.5; 50\% against 5000\% does not
   rounding           decimals are exact: 0.33 is not 1/3. One of 12 or more significant digits
                      stands for what it rounds: 0.333333333333 is 1/3
@@ -46,15 +48,15 @@ LEAD_IN = re.compile(  # the last words before the one formula of a sentence
 )
 BOLD = re.compile(r"(?<![\w)}])\*\*([^*\n]+)\*\*(?!\w)")
 CLOSING = re.compile(  # the words that evaluation prompts want before the answer that ends a text
-    r"""(?:\A|\n|[.!?]\s+)\#{4}[ ](?=[-$\\]*[0-9])  # of GSM8K
-    |(?:\A|(?<![:,;(])\n|[.!?]\s+|\$\s+(?=therefore))(?=[A-Z#]|therefore)(?i:(?:\#+\s)?
+    r"""(?:\n|[.!?]\s+)\#{4}[ ](?=[-$\\]*[0-9])  # of GSM8K
+    |(?:(?<![:,;(])\n|[.!?]\s+|\$\s+(?=therefore))(?=[A-Z#]|therefore)(?i:(?:\#+\s)?
     (?:(?:(?:so|thus|hence|therefore),?\s)?(?:the\s)?(?:final\s|correct\s|best\s)?
     answer(?:\s\(arabic\ numerals\))?(?:\sis\b:?|:|\n):?\s*){1,2}
     (?:(?<=:[ ])the\s[a-z]+\s(?:of\s\$?[a-z]+\$?\s)?is\s)?)
     |(?<=\.)\n(?=[-$\\]*[0-9][0-9.,]*[%$]*\Z)  # a number in the last line, after a sentence""",
     re.X,
 )
-END = re.compile(r"(?:,? because [A-Za-z ,'’-]+)?\.?(?:\s+I hope (?:it|this) is correct\.?)?\s*\Z")
+END = re.compile(r"(?is)(.*?)((?:,? because [a-z ,'’-]+)?\.?(?:\s+I hope it is correct\.?)?)")
 AFTER = re.compile(r"\s*(?:is the (?:answer|solution|result)\s*)?[.!]?\s*", re.I)
 PLAIN_WORDS = re.compile(r"[A-Za-z\s.,:;'’-]*")
 DENIAL = re.compile(
@@ -69,12 +71,12 @@ STYLED_ANSWER = re.compile(r"[A-Za-z][A-Za-z0-9 '’.,()-]*")  # "June 20", in \
 def judge(answer: str, gold: str, timeout: float) -> tuple[int | None, str, str]:
     r"""Return (reward, status, detail) of an answer: what verify.Verdict holds. Safe in threads.
 
-    answer, gold: a whole completion, or a bare answer. timeout: seconds that sympy may take to
-    prove two expressions equal. The reward is None if the gold answer cannot be read or sympy's
-    process died, and 0 if sympy did not decide in time.
+    answer, gold: a completion with a box or closing words, or a bare answer. timeout: seconds for
+    sympy to prove two expressions equal. The reward is None if the gold answer cannot be read or
+    sympy's process died, and 0 if sympy did not decide in time.
 
-    >>> judge(r"So it is $\boxed{\frac{2}{4}}$.", "0.5", 2.0)[1], judge("It is 5.", "5", 2.0)[1]
-    ('right', 'unparsed')
+    >>> [judge(text, "5", 2.0)[1] for text in ("The answer is 5.", "It is 5.", r"\boxed{5 = 6}")]
+    ['right', 'unparsed', 'unparsed']
     """
     try:
         expected = final_answer(gold)
@@ -97,14 +99,13 @@ def judge(answer: str, gold: str, timeout: float) -> tuple[int | None, str, str]
 
 
 def final_answer(text: str) -> str:
-    r"""Return the answer in a completion, as latex.parse reads it: the last box, or a bare answer.
-    Unreadable if there is none, or more than one.
+    r"""Return the answer in a completion, as latex.parse reads it: the last box, what closing words
+    lead to, or a bare answer. Unreadable if there is none, or more than one.
 
     >>> final_answer(r"Let $x=4$. So \boxed{\frac{x}{2}}."), final_answer("The sum is $5$.")
     ('\\frac{x}{2}', '5')
     """
-    boxes = list(BOX.finditer(text))
-    if not boxes:
+    if not (boxes := list(BOX.finditer(text))):
         return bare(closing(text))
     line = text.rfind("\n", 0, boxes[-1].start()) + 1
     last = [box for box in boxes if box.start() >= line]
@@ -133,19 +134,15 @@ def balanced(text: str, start: int) -> str | None:
 def closing(text: str) -> str:
     """Return what the words that close a text lead to, as in "The answer is 5."; else the text.
     Unreadable if they lead to two different answers, or are part of a denial."""
-    tail = BOLD.sub(r"\1", "\n".join(filter(None, map(str.strip, text.split("\n")))))
-    tail = tail if len(tail) <= MAX_CHARS else "," + tail[-MAX_CHARS:]  # nothing starts at the cut
+    lines = filter(None, map(str.strip, text.splitlines()))
+    tail = BOLD.sub(r"\1", "\n" + "\n".join(lines))[-MAX_CHARS:]
     if not (marks := list(CLOSING.finditer(tail))):
         return text
     said = {tail[mark.end() :].split("\n")[0].strip("$. ") for mark in marks}
-    rest = tail[marks[-1].end() :]
-    end = END.search(rest)
-    rest = rest[: end.start()]
+    rest, end = END.fullmatch(tail, marks[-1].end()).groups()
     words = marks[-1][0].strip() or re.split(r"\n|[.!?]\s", tail[: marks[-1].start()])[-1]
-    if (
-        len(said) > 1 or DENIAL.search(words + end[0]) or not re.search("[A-Za-z#]", words)
-        or rest[:1] == "~" or rest[-1:] == "!" or "\n" in SEGMENT.sub("", rest)
-    ):  # fmt: skip
+    unclear = re.search(r"^~|!$|\n", SEGMENT.sub("", rest)) or not re.search("[A-Za-z#]", words)
+    if len(said) > 1 or unclear or DENIAL.search(words + end):
         raise Unreadable("no box, and not one answer that closes the text")
     return rest
 
@@ -165,8 +162,7 @@ def bare(text: str) -> str:
     if len(segments) > 1 or not lead_in or DENIAL.search(outside):
         raise Unreadable("no box, and not one formula that plain words lead to")
     formula = next(filter(None, segments[0].groups()))
-    mark = after.strip(" .\n")
-    if mark in ("%", r"\%") or unit(mark):
+    if (mark := after.strip(" .\n")) in ("%", r"\%") or unit(mark):
         return clean(f"{formula} {mark}")
     if not AFTER.fullmatch(after):
         raise Unreadable("no box, and more than a formula")

@@ -30,9 +30,9 @@ def same(a: str, b: str, timeout: float = 2.0) -> bool:
     if equal(x, y, deadline):
         return True
     half_a, half_b = last_place(a), last_place(b)
-    if (half_a is None) == (half_b is None):
+    if half_a and half_b:  # two decimals say what their digits are
         return False
-    return near(x, y, half_a, deadline) if half_b is None else near(y, x, half_b, deadline)
+    return near(x, y, half_a, deadline) or near(y, x, half_b, deadline)
 
 
 def read(text: str, deadline: float):
@@ -42,8 +42,8 @@ def read(text: str, deadline: float):
     x = parser.answer()
     for claim in parser.claims:
         for _, a, b, written in nodes.both_signs(("claim", *claim)):
-            half = last_place(written, 1)
-            if not (converts(a, b) or equal(a, b, deadline) or half and near(b, a, half, deadline)):
+            rounds = near(b, a, last_place(written, 1), deadline)
+            if not (rounds or converts(a, b) or equal(a, b, deadline)):
                 raise nodes.Unreadable(f"{written[:40]} does not equal what stands before it")
     return x
 
@@ -54,10 +54,12 @@ def converts(a, b) -> bool:
     return old != new and (old is not None or new == "degree" or kind(b) == "base")
 
 
-def near(decimal: Fraction, other, half: Fraction, deadline: float) -> bool:
+def near(decimal, other, half: Fraction | None, deadline: float) -> bool:
+    if half is None or kind(other) != "number":
+        return False
     if isinstance(other, Fraction):
         return other.denominator != 1 and abs(decimal - other) <= half
-    return kind(other) == "number" and algebra.ask("near", decimal, other, deadline, half)
+    return algebra.ask("near", decimal, other, deadline, half)
 
 
 def last_place(text: str, digits: int = SURE_DIGITS) -> Fraction | None:
@@ -131,9 +133,8 @@ def matched(xs, ys, deadline) -> bool:
         return any((kind(x) == "rel") == (kind(y) == "rel") and equal(x, y, deadline) for y in ys)
 
     xs, ys = dict.fromkeys(xs), dict.fromkeys(ys)
-    if len(xs) != len(ys):  # as many, or "10, 0.1" would be 10 %
-        return False
-    return all(found(x, ys) for x in xs) and all(found(y, xs) for y in ys)
+    # as many, or "10, 0.1" would be 10 %
+    return len(xs) == len(ys) and all(found(x, ys) for x in xs) and all(found(y, xs) for y in ys)
 
 
 def value_of(x):

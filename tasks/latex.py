@@ -29,11 +29,7 @@ INVERSE = [("op", "^"), ("op", "{"), ("op", "-"), ("num", "1"), ("op", "}"), ("o
 
 
 def parse(text: str):
-    r"""Return the node of an answer without dollar signs around it, or raise Unreadable.
-
-    >>> parse(r"2\frac12"), parse("x^2=-1")[2]
-    (Fraction(5, 2), ('pow', ('sym', 'x'), Fraction(2, 1)))
-    """
+    """Return the node of an answer without dollar signs around it, or raise Unreadable."""
     return Parser(text).answer()
 
 
@@ -283,11 +279,10 @@ class Parser:
         name += subscript
         if function and self.tokens[self.at : self.at + 6] == INVERSE:
             self.at, name = self.at + 5, name + " inverse"
-        (kind, text), closing = self.peek(1), self.peek(2)
-        if function and self.peek() == ("op", "(") and closing == ("op", ")"):
-            if kind in ("num", "sym"):
-                self.at += 3
-                return ("call", name, number(text) if kind == "num" else ("sym", text))
+        (kind, text), brackets = self.peek(1), [self.peek(), self.peek(2)]
+        if function and kind in ("num", "sym") and brackets == [("op", "("), ("op", ")")]:
+            self.at += 3
+            return ("call", name, number(text) if kind == "num" else ("sym", text))
         return ("sym", name)
 
     def subscript(self) -> str:
@@ -336,10 +331,6 @@ class Parser:
         x = nodes.function(name, scalar(inside), base)
         return x if size is None else power(x, size)
 
-    def fraction(self):
-        top, bottom = scalar(self.argument()), scalar(self.argument())
-        return mul(top, power(bottom, Fraction(-1)))
-
     def root(self):
         index = Fraction(2)
         if self.take("["):
@@ -350,12 +341,10 @@ class Parser:
             return negative(power(-x, 1 / index))  # the real root, as schools have it
         return power(x, power(scalar(index), Fraction(-1)))
 
-    def binomial(self):
-        return nodes.whole("binomial", scalar(self.argument()), scalar(self.argument()))
-
 
 PRIMARIES = {
-    "frac": Parser.fraction, "sqrt": Parser.root, "binom": Parser.binomial,
+    "frac": lambda p: mul(scalar(p.argument()), power(scalar(p.argument()), Fraction(-1))),
+    "binom": lambda p: nodes.whole("binomial", scalar(p.argument()), scalar(p.argument())),
+    "sqrt": Parser.root, "infty": lambda _: ("const", "oo"), "emptyset": lambda _: ("set",),
     "pi": lambda _: ("const", "pi"), "e": lambda _: ("const", "e"), "i": lambda _: ("const", "i"),
-    "infty": lambda _: ("const", "oo"), "emptyset": lambda _: ("set",),
 }  # fmt: skip
