@@ -50,7 +50,8 @@ def test_pairs_of_public_graders():
     rows = [json.loads(line) for line in PAIRS.read_text().splitlines()]
     accepted = {r["id"]: reward(r["answer"], r["gold"]) == 1 for r in rows}
     assert not [r["id"] for r in rows if accepted[r["id"]] and not r["equal"]]
-    # prose without a box is refused by contract: 32 rows that take an answer out of running text
+    # 32 rows are prose without a box; those that end with no closing words are refused by contract
+    assert sum(accepted[r["id"]] == r["equal"] for r in rows) >= 274 and len(rows) == 287
     inside = [r for r in rows if r["kind"] == "pair" or r["boxed"]]
     right = [accepted[r["id"]] == r["equal"] for r in inside]
     assert len(inside) == 255 and sum(right) / len(right) >= 0.98
@@ -66,6 +67,10 @@ def test_gsm8k_golds():
     for gold in golds:
         assert reward(gold, gold) == 1
         assert reward(f"So she pays \\$5 a day.\n\\boxed{{{gold}}} it is.", gold) == 1
+        assert reward(f"So she pays \\$5 a day. The answer is {gold}.", gold) == 1
+    for row, gold in zip(rows[7473:], golds[7473:], strict=True):  # the test split's 1,319
+        assert reward(row["answer"], gold) == 1, "a solution as written, with #### n at its end"
+        assert reward(row["answer"], str(Fraction(gold) + 1)) == 0
     values = sorted(set(golds), key=Fraction)
     for a, b in [*zip(values, values[1:], strict=False), *zip(values, values[7:], strict=False)]:
         assert reward(a, b) == (Fraction(a) == Fraction(b)), (a, b)
@@ -370,8 +375,8 @@ def test_completions(answer, status):
 
 def test_unreadable_gold_is_an_error_and_not_the_answers_fault():
     ragged = r"\begin{pmatrix}1&2\\3\end{pmatrix}"
-    unequal = "5 = 6", r"\sqrt4 = 6"
-    for gold in ("", r"\boxed{", r"\zzz", "1/0", "it is 5", ragged, "1," * 27 + "1", *unequal):
+    said = "the answer is 5", "The answer is not 5", "5 = 6", r"\sqrt4 = 6"
+    for gold in ("", r"\boxed{", r"\zzz", "1/0", "it is 5", ragged, "1," * 27 + "1", *said):
         assert judge("5", gold)[:2] == (None, "error"), gold
         assert reward(gold, gold) is None, "right samples alone would be kept"
     assert "1/0" in judge("5", "1/0")[2]
@@ -405,18 +410,34 @@ def test_nothing_hangs_or_exhausts_the_stack(text):
     assert reward(r"\pi+x", r"x+\pi") == 1, "the verifier survives it"
 
 
-@pytest.mark.parametrize("piece", [r"\boxed{", r"\(", r"\[", "$", r"\boxed{5}", "{", "1,"])
+ENDINGS = "Answer: ", "\n", " ", "The answer is ", "#### 1\n", "** ", ", because a", "= 1", ". "
+
+
+@pytest.mark.parametrize(
+    "piece", [r"\boxed{", r"\(", r"\[", "$", r"\boxed{5}", "{", "1,", *ENDINGS]
+)
 def test_long_text_takes_no_longer(piece):
     start = time.perf_counter()
     assert reward(piece * 20_000, "7") == 0
     assert time.perf_counter() - start < 1
 
 
+@settings(max_examples=300)
+@given(st.lists(st.sampled_from([*NOT_CLOSINGS, *CLOSINGS, "\n", " ", ". "]), max_size=4))
+def test_what_closes_a_text_is_its_end(texts):
+    """Nothing that stands before the last line or sentence earns anything by itself."""
+    text = "".join(texts)
+    for end in ("\nSo it is.", " Or so.", "\nThe answer is not 42.", "\nThe answer is 41."):
+        assert reward(text + end, "42") == 0
+    if reward(text, "42"):
+        assert any(text.rstrip().endswith(closing.rstrip()) for closing in CLOSINGS)
+
+
 PIECES = [
     *r"0123456789+-*/^_!()[]{}|,.;:=<>$%&'~ abefinxyzAEIP",
     *r"\frac \sqrt \boxed{ \text{ \left( \right) \pi \infty \pm ^{ \cup \% \{ \} \\ \in".split(),
     *r"\sin \begin{pmatrix} \end{pmatrix} \log_ \overline{ cm √ ½ é __class__ 1e9 10^".split(),
-    " or ", "\n", "import os",
+    " or ", "\n", "import os", "**", "The answer is ", "#### ", "Answer: ", ". ", " because ", "not ",
 ]  # fmt: skip
 GOLDS = ("7", "1011_2", "5,6", "(1,2)", r"7\%", "x=7", "7 cm", r"\text{Yes}", "P(1)=7")
 JUNK = (" or 7", r" \text{ or } 7", ", 7", " is 7", " (maybe 7)", "!?", r"\boxed{8}")
