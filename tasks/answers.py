@@ -49,7 +49,7 @@ LEAD_IN = re.compile(  # the last words before the one formula of a sentence
 BOLD = re.compile(r"(?<![\w)}])\*\*([^*\n]+)\*\*(?!\w)")
 CLOSING = re.compile(  # the words that evaluation prompts want before the answer that ends a text
     r"""(?:\n|[.!?]\s+)\#{4}[ ](?=[-$\\]*[0-9])  # of GSM8K
-    |(?:(?<![:,;(])\n|[.!?]\s+|\$\s+(?=therefore))(?=[A-Z#]|therefore)(?i:(?:\#+\s)?
+    |(?:(?<![:,;(])(?<!that)(?<!if)\n|[.!?]\s+|\$\s+(?=therefore))(?=[A-Z#]|therefore)(?i:(?:\#+\s)?
     (?:(?:(?:so|thus|hence|therefore),?\s)?(?:the\s)?(?:final\s|correct\s|best\s)?
     answer(?:\s\(arabic\ numerals\))?(?:\sis\b:?|:|\n):?\s*){1,2}
     (?:(?<=:[ ])the\s[a-z]+\s(?:of\s\$?[a-z]+\$?\s)?is\s)?)
@@ -140,9 +140,9 @@ def closing(text: str) -> str:
         return text
     said = {tail[mark.end() :].split("\n")[0].strip("$. ") for mark in marks}
     rest, end = END.fullmatch(tail, marks[-1].end()).groups()
-    words = marks[-1][0].strip() or re.split(r"\n|[.!?]\s", tail[: marks[-1].start()])[-1]
-    unclear = re.search(r"^~|!$|\n", SEGMENT.sub("", rest)) or not re.search("[A-Za-z#]", words)
-    if len(said) > 1 or unclear or DENIAL.search(words + end):
+    words = marks[-1][0].strip() or "\n" + re.split(r"\n|[.!?]\s", tail[: marks[-1].start()])[-1]
+    clear = re.match(r"\S|\n(?!.*answer).*[A-Za-z]", words) and not DENIAL.search(words + end)
+    if len(said) > 1 or not clear or re.search(r"^~|!$|\n", SEGMENT.sub("", rest)):
         raise Unreadable("no box, and not one answer that closes the text")
     return rest
 

@@ -141,10 +141,9 @@ def value_of(x):
     """Return the value in "x = 5", "5 = x", "2 + 3 = 5" or "x in S"; None if there is none."""
     if x[1] not in (("=",), ("in",)):
         return None
-    left, right = x[2:]
-    if not has_symbol(left):
-        return left if is_name(right) else right
-    return right if is_name(left) else None
+    if has_symbol(x[2]):
+        return x[3] if is_name(x[2]) else None
+    return x[2] if is_name(x[3]) else x[3]
 
 
 def drop_names(x):

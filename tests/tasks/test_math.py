@@ -286,6 +286,7 @@ NOT_CLOSINGS = [  # and none of these says 42, or not for sure
     "Answer: 42/41",
     "The answer is $41$ or $42$.", "A. The answer is 41\nB. The answer is 42",
     "1. The answer is 41.\n2. The answer is 42.", "The answer is 41.\n42", "41.\n42",
+    "I think the answer is 41.\n42", "It is untrue that\nThe answer is 42", "Even if\nAnswer: 42",
     "The answer is $42 or $41.",
     # a denial
     "The answer is not 42.", "The answer is not $42$.", "The answer isn't 42.",
@@ -437,7 +438,8 @@ PIECES = [
     *r"0123456789+-*/^_!()[]{}|,.;:=<>$%&'~ abefinxyzAEIP",
     *r"\frac \sqrt \boxed{ \text{ \left( \right) \pi \infty \pm ^{ \cup \% \{ \} \\ \in".split(),
     *r"\sin \begin{pmatrix} \end{pmatrix} \log_ \overline{ cm √ ½ é __class__ 1e9 10^".split(),
-    " or ", "\n", "import os", "**", "The answer is ", "#### ", "Answer: ", ". ", " because ", "not ",
+    " or ", "\n", "import os", "**", "The answer is ", "#### ", "Answer: ", ". ", " because ",
+    "not ",
 ]  # fmt: skip
 GOLDS = ("7", "1011_2", "5,6", "(1,2)", r"7\%", "x=7", "7 cm", r"\text{Yes}", "P(1)=7")
 JUNK = (" or 7", r" \text{ or } 7", ", 7", " is 7", " (maybe 7)", "!?", r"\boxed{8}")
