@@ -141,9 +141,8 @@ def decide(what: str, x, y, half) -> bool:
         return bool(gap.is_comparable and abs(gap) <= half)
     if what in ("factor", "positive factor"):
         quotient = sympy.simplify(a / b)
-        if not quotient.is_number or not quotient.is_real or quotient.is_zero is not False:
-            return False
-        return what == "factor" or quotient.is_positive is True
+        number = quotient.is_number and quotient.is_real and quotient.is_zero is False
+        return bool(number and (what == "factor" or quotient.is_positive))
     return a == b or (not refuted(a, b) and proven_zero(a - b))
 
 
@@ -157,7 +156,7 @@ def build(x):
         return sympy.Symbol(x[1])
     if x[0] == "const":
         return {"pi": sympy.pi, "e": sympy.E, "i": sympy.I, "oo": sympy.oo}[x[1]]
-    if x[0] == "call":
+    if x[0] == "call" or x[1] == "prime":  # of an unknown function: sympy's `prime` is another
         return sympy.Function(x[1])(build(x[2]))
     if x[0] != "fn":
         return {"add": sympy.Add, "mul": sympy.Mul, "pow": sympy.Pow}[x[0]](*map(build, x[1:]))
@@ -165,8 +164,6 @@ def build(x):
         return sympy.log(build(x[2])) / sympy.log(sympy.Symbol("base of log"))
     names = {"ln": "log", "abs": "Abs", "arcsin": "asin", "arccos": "acos", "arctan": "atan",
              "arccot": "acot"}  # fmt: skip
-    if x[1] == "prime":  # of an unknown function; sympy's own `prime` is another thing
-        return sympy.Function("prime")(build(x[2]))
     return getattr(sympy, names.get(x[1], x[1]))(*map(build, x[2:]))
 
 
@@ -175,15 +172,11 @@ def refuted(a, b) -> bool:
     import sympy
 
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
-    for start in (Fraction(17, 13), Fraction(-23, 29)):
-        point = {
-            s: sympy.Rational(start.numerator * (k + 2) + k * k, start.denominator + k)
-            for k, s in enumerate(symbols)
-        }
+    for p, q in ((17, 13), (-23, 29)):
+        point = {s: sympy.Rational(p * (k + 2) + k * k, q + k) for k, s in enumerate(symbols)}
         u, v = (z.subs(point).evalf(40) for z in (a, b))
         if all(z.is_number and z.is_finite for z in (u, v)):
-            scale = max(abs(u), abs(v), sympy.Float("1e-30"))
-            if abs(u - v) > scale * sympy.Float("1e-20"):
+            if abs(u - v) > max(abs(u), abs(v), sympy.Float("1e-30")) * sympy.Float("1e-20"):
                 return True
     return False
 

@@ -1,10 +1,12 @@
 r"""Is the answer of a completion right? Where it stands, and what counts as equal.
 
-The answer is the last \boxed{}. Without a box the text must *be* an answer, or plain words round
-one formula: "The sum is $5$."; nothing is searched for in prose. What the sources leave open is
-decided so:
+The answer is the last \boxed{}; without a box, what evaluation prompts want at the end of a text:
+"The answer is 5.", "Final answer: 5", "#### 5"; else the text must *be* an answer, or plain words
+round one formula: "The sum is $5$.". Nothing is searched for in prose. What the sources leave open
+is decided so:
 
   boxes              the last one counts; another, different one in the same line: unparsed
+  closing words      start a sentence; two that lead to different answers, or text behind: unparsed
   percent            50\% equals 50 and 0.5; 50\% against 5000\% does not
   rounding           decimals are exact: 0.33 is not 1/3. One of 12 or more significant digits
                      stands for what it rounds: 0.333333333333 is 1/3
@@ -15,7 +17,8 @@ decided so:
   names              "x = 5", "f(x) = 5", "AB = 5", "x \in S": the name may be missing on one
                      side; in a list only if all its names are the same
   equations          equal up to a factor; so are inequalities, the factor being positive
-  a = b = c          says c (or what stands before a sign of approximation)
+  a = b = c          says c (or what stands before a sign of approximation). Numbers among them
+                     must be equal, or 5 = 6 would say 6; a decimal may round: 1/3 = 0.33
   lists              1, 2 and {2, 1}: order and repetition are free, as in sets
   (1, 2) [1, 2]      brackets and order count; a list without brackets is neither
   intervals          are not inequalities: (0, 1) is not 0 < x < 1
@@ -30,6 +33,7 @@ decided so:
 """
 
 import re
+import time
 
 from tasks import algebra, equality, latex
 from tasks.nodes import Unreadable
@@ -42,6 +46,17 @@ SEPARATORS = re.compile(rf"(?:\s|\.|{SEPARATOR.pattern})*")
 LEAD_IN = re.compile(  # the last words before the one formula of a sentence
     r"(?:.*\b(?:is|are|that|answer|therefore|thus|hence|so|matrix)\s*:?|[^:]*:)?\s*", re.I | re.S
 )
+BOLD = re.compile(r"(?<![\w)}])\*\*([^*\n]+)\*\*(?!\w)")
+CLOSING = re.compile(  # the words that evaluation prompts want before the answer that ends a text
+    r"""(?:\n|[.!?]\s+)\#{4}[ ](?=[-$\\]*[0-9])  # of GSM8K
+    |(?:(?<![:,;(])(?<!that)(?<!if)\n|[.!?]\s+|\$\s+(?=therefore))(?=[A-Z#]|therefore)(?i:(?:\#+\s)?
+    (?:(?:(?:so|thus|hence|therefore),?\s)?(?:the\s)?(?:final\s|correct\s|best\s)?
+    answer(?:\s\(arabic\ numerals\))?(?:\sis\b:?|:|\n):?\s*){1,2}
+    (?:(?<=:[ ])the\s[a-z]+\s(?:of\s\$?[a-z]+\$?\s)?is\s)?)
+    |(?<=\.)\n(?=[-$\\]*[0-9][0-9.,]*[%$]*\Z)  # a number in the last line, after a sentence""",
+    re.X,
+)
+END = re.compile(r"(?is)(.*?)((?:,? because [a-z ,'’-]+)?\.?(?:\s+I hope it is correct\.?)?)")
 AFTER = re.compile(r"\s*(?:is the (?:answer|solution|result)\s*)?[.!]?\s*", re.I)
 PLAIN_WORDS = re.compile(r"[A-Za-z\s.,:;'’-]*")
 DENIAL = re.compile(
@@ -56,29 +71,27 @@ STYLED_ANSWER = re.compile(r"[A-Za-z][A-Za-z0-9 '’.,()-]*")  # "June 20", in \
 def judge(answer: str, gold: str, timeout: float) -> tuple[int | None, str, str]:
     r"""Return (reward, status, detail) of an answer: what verify.Verdict holds. Safe in threads.
 
-    answer, gold: a whole completion, or a bare answer. timeout: seconds that sympy may take to
-    prove two expressions equal. The reward is None if the gold answer cannot be read or sympy's
-    process died, and 0 if sympy did not decide in time.
+    answer, gold: a completion with a box or closing words, or a bare answer. timeout: seconds for
+    sympy to prove two expressions equal. The reward is None if the gold answer cannot be read or
+    sympy's process died, and 0 if sympy did not decide in time.
 
-    >>> judge(r"So it is $\boxed{\frac{2}{4}}$.", "0.5", 2.0)[1], judge("It is 5.", "5", 2.0)[1]
-    ('right', 'unparsed')
+    >>> [judge(text, "5", 2.0)[1] for text in ("The answer is 5.", "It is 5.", r"\boxed{5 = 6}")]
+    ['right', 'unparsed', 'unparsed']
     """
     try:
         expected = final_answer(gold)
         if plain_text(expected) is None:
-            latex.parse(expected)
-    except Unreadable as error:
+            equality.read(expected, time.monotonic() + timeout)
+    except (Unreadable, algebra.TimedOut, algebra.WorkerDied) as error:
         return None, "error", f"gold answer {gold[-50:]!r}: {error}"
     try:
         found = final_answer(answer)
         if same_text(found, expected) or equality.same(found, expected, timeout):
             return 1, "right", ""
         return 0, "wrong", ""
-    except Unreadable as error:
+    except (Unreadable, RecursionError) as error:  # the caller may stand deep in the stack already
         status = "unparsed" if plain_text(answer) is None else "wrong"
         return 0, status, f"{error}{'' if BOX.search(answer) else '; no box in the text'}"
-    except RecursionError:  # the caller stands deep in the stack already
-        return 0, "unparsed", "nested too deep"
     except algebra.TimedOut as error:
         return 0, "timeout", str(error)
     except algebra.WorkerDied as error:
@@ -86,15 +99,14 @@ def judge(answer: str, gold: str, timeout: float) -> tuple[int | None, str, str]
 
 
 def final_answer(text: str) -> str:
-    r"""Return the answer in a completion, as latex.parse reads it: the last box, or a bare answer.
-    Unreadable if there is none, or more than one.
+    r"""Return the answer in a completion, as latex.parse reads it: the last box, what closing words
+    lead to, or a bare answer. Unreadable if there is none, or more than one.
 
     >>> final_answer(r"Let $x=4$. So \boxed{\frac{x}{2}}."), final_answer("The sum is $5$.")
     ('\\frac{x}{2}', '5')
     """
-    boxes = list(BOX.finditer(text))
-    if not boxes:
-        return bare(text)
+    if not (boxes := list(BOX.finditer(text))):
+        return bare(closing(text))
     line = text.rfind("\n", 0, boxes[-1].start()) + 1
     last = [box for box in boxes if box.start() >= line]
     if len(last) > 20:
@@ -119,6 +131,22 @@ def balanced(text: str, start: int) -> str | None:
     return None
 
 
+def closing(text: str) -> str:
+    """Return what the words that close a text lead to, as in "The answer is 5."; else the text.
+    Unreadable if they lead to two different answers, or are part of a denial."""
+    lines = filter(None, map(str.strip, text.splitlines()))
+    tail = BOLD.sub(r"\1", "\n" + "\n".join(lines))[-MAX_CHARS:]
+    if not (marks := list(CLOSING.finditer(tail))):
+        return text
+    said = {tail[mark.end() :].split("\n")[0].strip("$. ") for mark in marks}
+    rest, end = END.fullmatch(tail, marks[-1].end()).groups()
+    words = marks[-1][0].strip() or "\n" + re.split(r"\n|[.!?]\s", tail[: marks[-1].start()])[-1]
+    clear = re.match(r"\S|\n(?!.*answer).*[A-Za-z]", words) and not DENIAL.search(words + end)
+    if len(said) > 1 or not clear or re.search(r"^~|!$|\n", SEGMENT.sub("", rest)):
+        raise Unreadable("no box, and not one answer that closes the text")
+    return rest
+
+
 def bare(text: str) -> str:
     """Return a text without a box as an answer: all of it, or the one formula that it leads to."""
     if len(text) > MAX_CHARS:
@@ -134,8 +162,7 @@ def bare(text: str) -> str:
     if len(segments) > 1 or not lead_in or DENIAL.search(outside):
         raise Unreadable("no box, and not one formula that plain words lead to")
     formula = next(filter(None, segments[0].groups()))
-    mark = after.strip(" .\n")
-    if mark in ("%", r"\%") or unit(mark):
+    if (mark := after.strip(" .\n")) in ("%", r"\%") or unit(mark):
         return clean(f"{formula} {mark}")
     if not AFTER.fullmatch(after):
         raise Unreadable("no box, and more than a formula")

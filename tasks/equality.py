@@ -11,8 +11,8 @@ import re
 import time
 from fractions import Fraction
 
-from tasks import algebra
-from tasks.latex import parse
+from tasks import algebra, nodes
+from tasks.latex import Parser
 from tasks.nodes import add, are_numbers, has_symbol, is_equation, is_name, kind, mul, negative
 
 SURE_DIGITS = 12  # a decimal of so many significant digits stands for what it rounds
@@ -26,29 +26,49 @@ def same(a: str, b: str, timeout: float = 2.0) -> bool:
     (True, False, True)
     """
     deadline = time.monotonic() + timeout
-    x, y = parse(a), parse(b)
+    x, y = read(a, deadline), read(b, deadline)
     if equal(x, y, deadline):
         return True
-    half_a, half_b = sure_decimal(a), sure_decimal(b)
-    if (half_a is None) == (half_b is None):
+    half_a, half_b = last_place(a), last_place(b)
+    if half_a and half_b:  # two decimals say what their digits are
         return False
-    half, decimal, other = (half_a, x, y) if half_b is None else (half_b, y, x)
+    return near(x, y, half_a, deadline) or near(y, x, half_b, deadline)
+
+
+def read(text: str, deadline: float):
+    """Return the node of an answer. Unreadable if it says of numbers that differ that they are
+    equal: 5 = 6. A decimal may round the number before it: 1/3 = 0.33."""
+    parser = Parser(text)
+    x = parser.answer()
+    for claim in parser.claims:
+        for _, a, b, written in nodes.both_signs(("claim", *claim)):
+            rounds = near(b, a, last_place(written, 1), deadline)
+            if not (rounds or converts(a, b) or equal(a, b, deadline)):
+                raise nodes.Unreadable(f"{written[:40]} does not equal what stands before it")
+    return x
+
+
+def converts(a, b) -> bool:
+    """Does the unit or base change? As in 1 h = 60 min and 1011_2 = 11, but not in 6 = 6 cm."""
+    old, new = (x[2] if kind(x) in ("unit", "base") else None for x in (a, b))
+    return old != new and (old is not None or new == "degree" or kind(b) == "base")
+
+
+def near(decimal, other, half: Fraction | None, deadline: float) -> bool:
+    if half is None or kind(other) != "number":
+        return False
     if isinstance(other, Fraction):
         return other.denominator != 1 and abs(decimal - other) <= half
-    return kind(other) == "number" and algebra.ask("near", decimal, other, deadline, half)
+    return algebra.ask("near", decimal, other, deadline, half)
 
 
-def sure_decimal(text: str) -> Fraction | None:
-    """Return half a unit in the last place of a decimal with at least SURE_DIGITS digits, or None.
-
-    >>> sure_decimal("0.333333333333"), sure_decimal("0.3333")
-    (Fraction(1, 2000000000000), None)
-    """
+def last_place(text: str, digits: int = SURE_DIGITS) -> Fraction | None:
+    """Return half a unit in the last place of a decimal with at least so many digits, or None."""
     match = re.fullmatch(
         r"\s*-?\s*(\d*)\.(\d+)(?:\s*\\(?:times|cdot)\s*10\s*\^\s*(?:\{\s*(-?\d{1,3})\s*\}|(-?\d{1,3})))?\s*",
         text, re.ASCII,
     )  # fmt: skip
-    if not match or len((match[1] + match[2]).lstrip("0")) < SURE_DIGITS:
+    if not match or len((match[1] + match[2]).lstrip("0")) < digits:
         return None
     return Fraction(10) ** (int(match[3] or match[4] or 0) - len(match[2])) / 2
 
@@ -67,11 +87,9 @@ def equal(x, y, deadline: float) -> bool:
         return matched(x[1:], y[1:], deadline)
     if kinds[0] != kinds[1] or are_numbers(x, y):
         return False
-    if kinds[0] == "seq":
-        return (x[1], x[-1]) == (y[1], y[-1]) and in_order(x[2:-1], y[2:-1], deadline)
     if kinds[0] == "union":
         return matched(x[1:], y[1:], deadline)
-    if kinds[0] in ("matrix", "ratio"):
+    if kinds[0] in ("seq", "matrix", "ratio"):  # brackets, too, are equal if they are the same
         return in_order(x[1:], y[1:], deadline)
     return algebra.ask("zero", x, y, deadline)
 
@@ -111,25 +129,21 @@ def in_order(xs, ys, deadline) -> bool:
 def matched(xs, ys, deadline) -> bool:
     """Return whether each item has its equal on the other side: order and repetition are free."""
 
-    def found(x, items):  # "x = 1, y = 2" is not "2, 1": no name is dropped from a single item
-        return any(
-            (kind(x) == "rel") == (kind(y) == "rel") and equal(x, y, deadline) for y in items
-        )
+    def found(x, ys):  # "x = 1, y = 2" is not "2, 1": no name is dropped from a single item
+        return any((kind(x) == "rel") == (kind(y) == "rel") and equal(x, y, deadline) for y in ys)
 
     xs, ys = dict.fromkeys(xs), dict.fromkeys(ys)
-    if len(xs) != len(ys):  # as many, or "10, 0.1" would be 10 %
-        return False
-    return all(found(x, ys) for x in xs) and all(found(y, xs) for y in ys)
+    # as many, or "10, 0.1" would be 10 %
+    return len(xs) == len(ys) and all(found(x, ys) for x in xs) and all(found(y, xs) for y in ys)
 
 
 def value_of(x):
     """Return the value in "x = 5", "5 = x", "2 + 3 = 5" or "x in S"; None if there is none."""
     if x[1] not in (("=",), ("in",)):
         return None
-    left, right = x[2:]
-    if not has_symbol(left):
-        return left if is_name(right) else right
-    return right if is_name(left) else None
+    if has_symbol(x[2]):
+        return x[3] if is_name(x[2]) else None
+    return x[2] if is_name(x[3]) else x[3]
 
 
 def drop_names(x):
@@ -149,7 +163,5 @@ def same_relation(x, y, deadline) -> bool:
     if len(x[1]) > 1 or x[1] == ("in",) or {kind(part) for part in x[2:] + y[2:]} != {"number"}:
         return False
     sides = [add(part[2], negative(part[3])) for part in (x, y)]
-    if not all(has_symbol(side) for side in sides):
-        return False
     what = "positive factor" if x[1][0] in ("<", "<=") else "factor"
-    return algebra.ask(what, *sides, deadline)
+    return all(map(has_symbol, sides)) and algebra.ask(what, *sides, deadline)

@@ -29,20 +29,14 @@ INVERSE = [("op", "^"), ("op", "{"), ("op", "-"), ("num", "1"), ("op", "}"), ("o
 
 
 def parse(text: str):
-    r"""Return the node of an answer without dollar signs around it.
-
-    Raises:
-      Unreadable: with the first thing that is not known.
-
-    >>> parse(r"2\frac12"), parse("x^2=-1")[2]
-    (Fraction(5, 2), ('pow', ('sym', 'x'), Fraction(2, 1)))
-    """
+    """Return the node of an answer without dollar signs around it, or raise Unreadable."""
     return Parser(text).answer()
 
 
 class Parser:
     def __init__(self, text: str):
         self.tokens, self.at, self.depth, self.bars = tokens(text), 0, 0, 0
+        self.claims = []  # of two numbers: that they are equal; and how the second is written
 
     def peek(self, ahead: int = 0):
         at = self.at + ahead
@@ -89,21 +83,23 @@ class Parser:
         return found
 
     def relation(self):
-        sides, signs = [self.union()], []
+        sides, signs, known = [self.union()], [], []
         while sign := self.take(*RELATIONS):
-            signs.append(sign)
+            known = [side for side in (*known, sides[-1]) if sign == "=" and nodes.is_known(side)]
+            signs, start = [*signs, sign], self.at
             sides.append(self.union())
+            if known and nodes.is_known(sides[-1]):
+                written = "".join(text for _, text in self.tokens[start : self.at])
+                self.claims.append((known[-1], sides[-1], written))
         return nodes.relate(sides, signs)
 
     def union(self):
         parts = [self.ratio()]
         while self.take("cup"):
             parts.append(self.ratio())
-        if len(parts) == 1:
-            return parts[0]
-        if any(kind(part) not in ("seq", "set") for part in parts):
+        if len(parts) > 1 and any(kind(part) not in ("seq", "set") for part in parts):
             raise Unreadable("a union of what are not sets")
-        return ("union", *parts)
+        return parts[0] if len(parts) == 1 else ("union", *parts)
 
     def ratio(self):
         parts = [self.sum()]
@@ -123,12 +119,7 @@ class Parser:
         minus = False
         while sign := self.take("+", "-"):
             minus ^= sign == "-"
-        x = self.term()
-        if not minus:
-            return x
-        if kind(x) in ("percent", "unit"):
-            return (x[0], negative(x[1]), *x[2:])
-        return negative(scalar(x))
+        return nodes.times(Fraction(-1), self.term()) if minus else self.term()
 
     def term(self):
         x = self.factor()
@@ -155,9 +146,8 @@ class Parser:
             return power_before or self.tokens[self.at - 1] in (("op", ")"), ("op", "}"))
         if kind == "cmd":
             return text in FUNCTIONS or text in PRIMARIES
-        return kind == "sym" or (
-            kind == "op" and (text in ("(", "{") or text == "|" and not self.bars)
-        )
+        opens = text in ("(", "{") or text == "|" and not self.bars
+        return kind == "sym" or kind == "op" and opens
 
     def factor(self):
         x, before = self.primary(), []
@@ -169,7 +159,7 @@ class Parser:
             if sign == "^":
                 x = power(scalar(x), scalar(self.exponent()))
             elif sign == "!":
-                x = nodes.factorial(scalar(x))
+                x = nodes.whole("factorial", scalar(x))
             elif sign == "%":
                 x = ("percent", scalar(x))
             elif sign == "'":
@@ -181,12 +171,11 @@ class Parser:
 
     def unit_name(self) -> str:
         name = self.next()
-        if self.take("^"):
-            size = self.argument()
-            if size not in (2, 3):
-                raise Unreadable("a unit to a power that is not 2 or 3")
-            name += f"^{size}"
-        return name
+        if not self.take("^"):
+            return name
+        if (size := self.argument()) not in (2, 3):
+            raise Unreadable("a unit to a power that is not 2 or 3")
+        return f"{name}^{size}"
 
     def exponent(self):
         """Read what follows ^: {x}, (x), a letter, a command, or a whole number, as in 2^10."""
@@ -290,11 +279,10 @@ class Parser:
         name += subscript
         if function and self.tokens[self.at : self.at + 6] == INVERSE:
             self.at, name = self.at + 5, name + " inverse"
-        (kind, text), closing = self.peek(1), self.peek(2)
-        if function and self.peek() == ("op", "(") and closing == ("op", ")"):
-            if kind in ("num", "sym"):
-                self.at += 3
-                return ("call", name, number(text) if kind == "num" else ("sym", text))
+        (kind, text), brackets = self.peek(1), [self.peek(), self.peek(2)]
+        if function and kind in ("num", "sym") and brackets == [("op", "("), ("op", ")")]:
+            self.at += 3
+            return ("call", name, number(text) if kind == "num" else ("sym", text))
         return ("sym", name)
 
     def subscript(self) -> str:
@@ -343,10 +331,6 @@ class Parser:
         x = nodes.function(name, scalar(inside), base)
         return x if size is None else power(x, size)
 
-    def fraction(self):
-        top, bottom = scalar(self.argument()), scalar(self.argument())
-        return mul(top, power(bottom, Fraction(-1)))
-
     def root(self):
         index = Fraction(2)
         if self.take("["):
@@ -357,12 +341,10 @@ class Parser:
             return negative(power(-x, 1 / index))  # the real root, as schools have it
         return power(x, power(scalar(index), Fraction(-1)))
 
-    def binomial(self):
-        return nodes.binomial(scalar(self.argument()), scalar(self.argument()))
-
 
 PRIMARIES = {
-    "frac": Parser.fraction, "sqrt": Parser.root, "binom": Parser.binomial,
+    "frac": lambda p: mul(scalar(p.argument()), power(scalar(p.argument()), Fraction(-1))),
+    "binom": lambda p: nodes.whole("binomial", scalar(p.argument()), scalar(p.argument())),
+    "sqrt": Parser.root, "infty": lambda _: ("const", "oo"), "emptyset": lambda _: ("set",),
     "pi": lambda _: ("const", "pi"), "e": lambda _: ("const", "e"), "i": lambda _: ("const", "i"),
-    "infty": lambda _: ("const", "oo"), "emptyset": lambda _: ("set",),
 }  # fmt: skip

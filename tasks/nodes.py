@@ -44,6 +44,14 @@ def has_symbol(x) -> bool:
     return isinstance(x, tuple) and (x[0] == "sym" or any(has_symbol(part) for part in x[1:]))
 
 
+def is_known(x) -> bool:
+    """Is it a number, or made of numbers: without names, ratios, and logarithms of no base?"""
+    if not isinstance(x, tuple):
+        return True
+    unknown = x[0] in ("sym", "call", "ratio") or x[:2] in (("fn", "log"), ("fn", "prime"))
+    return not unknown and all(map(is_known, x[1:]))
+
+
 def is_name(x) -> bool:
     """Is it x, f(x), the segments AB, AB/CD or |AB|, V_1 : V_2, or (x, y)?
 
@@ -134,20 +142,13 @@ def power(a, b):
     return a**b.numerator
 
 
-def factorial(a):
-    if not are_numbers(a):
-        return ("fn", "factorial", a)
-    if a.denominator != 1 or not 0 <= a <= 3000:
-        raise Unreadable("factorial of a number that is not an integer from 0 to 3000")
-    return Fraction(math.factorial(int(a)))
-
-
-def binomial(n, k):
-    if not are_numbers(n, k):
-        return ("fn", "binomial", n, k)
-    if n.denominator != 1 or k.denominator != 1 or not 0 <= k <= n <= 3000:
-        raise Unreadable("binomial of numbers that are not integers, 0 <= k <= n <= 3000")
-    return Fraction(math.comb(int(n), int(k)))
+def whole(name: str, n, *k):
+    """Return the node of n! or of n over k."""
+    if not are_numbers(n, *k):
+        return ("fn", name, n, *k)
+    if any(x.denominator != 1 for x in (n, *k)) or not 0 <= (k or (n,))[0] <= n <= 3000:
+        raise Unreadable(f"{name} of numbers that are not integers from 0 to 3000")
+    return Fraction((math.comb if k else math.factorial)(*map(int, (n, *k))))
 
 
 def times(x, y):

@@ -27,9 +27,7 @@ START = (  # of the guard: its path is ours only while it imports, so that no pr
 FENCE = re.compile(r"[ \t]*(```+|~~~+)[ \t]*(\w*)[ \t]*")  # a whole line
 
 
-def judge(
-    source: str, tests: str, timeout: float, entry_point: str | None = None, prompt: str = ""
-) -> tuple[int | None, str, str]:
+def judge(source: str, tests: str, timeout: float, entry_point: str | None, prompt: str):
     """Return the reward, status and detail of a program's verdict (see `verify.program`).
 
     Tests are asserts, as of MBPP, or HumanEval's `check`, which is called with the entry point; its
@@ -54,14 +52,10 @@ def judge(
         told = subprocess.run(
             [*(sys.executable, "-I", "-S", "-B", "-X", "utf8", "-c", START)]
             + [root, repr(deadline), temporary],
-            input=json.dumps(job).encode() + b"\n",
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=timeout + GRACE,
-            cwd="/",
+            input=json.dumps(job).encode() + b"\n", stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, timeout=timeout + GRACE, cwd="/", start_new_session=True,
             env={k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH") if k in os.environ},
-            start_new_session=True,
-        ).stdout
+        ).stdout  # fmt: skip
     except subprocess.TimeoutExpired:  # what a program can bring about must never be our error
         return 0, "timeout", "the program could not be cleared away in time"
     except OSError as error:
@@ -70,9 +64,7 @@ def judge(
     return {"right": 1, "error": None}.get(status, 0), status, detail
 
 
-def attempt(
-    answer: str, gold: str, entry_point: str | None = None, prompt: str = ""
-) -> verify.Verdict:
+def attempt(answer: str, gold: str, entry_point=None, prompt: str = "") -> verify.Verdict:
     """Return the verdict on a completion that holds a program; gold: the tests.
 
     A problem's verifier is this, or of HumanEval a functools.partial with the rest. There the

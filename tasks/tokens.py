@@ -87,9 +87,6 @@ def tokens(text: str) -> list[tuple[str, str]]:
     Thousands are grouped here, as only here it is known whether a comma stands inside brackets,
     where it separates: "1,234" is one number, "(1,234)" a pair, "1, 234" two numbers, "1,2,345"
     three.
-
-    >>> tokens(r"1,234\pi"), [text for _, text in tokens("(1,234)")]
-    ([('num', '1234'), ('cmd', 'pi')], ['(', '1', ',', '234', ')'])
     """
     if len(text) > MAX_CHARS:
         raise Unreadable(f"longer than {MAX_CHARS} characters")
@@ -137,11 +134,7 @@ def read_token(match: re.Match) -> list[tuple[str, str]]:
 
 
 def unit(words: str) -> str | None:
-    """Return the one name that a unit, or a plural of counted things, has here, or None.
-
-    >>> unit("square  inches"), unit("feet"), unit("apples"), unit("millions"), unit("or 6")
-    ('in^2', 'ft', 'apple', None, None)
-    """
+    """Return the one name that a unit has here, as "ft", or a counted thing, "apple"; or None."""
     words = [word.removesuffix(".") for word in words.lower().split()]
     name = " ".join(word[:-1] if len(word) > 3 and word[-1] == "s" else word for word in words)
     for prefix, size in (("square ", "^2"), ("sq ", "^2"), ("cubic ", "^3")):

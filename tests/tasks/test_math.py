@@ -50,7 +50,8 @@ def test_pairs_of_public_graders():
     rows = [json.loads(line) for line in PAIRS.read_text().splitlines()]
     accepted = {r["id"]: reward(r["answer"], r["gold"]) == 1 for r in rows}
     assert not [r["id"] for r in rows if accepted[r["id"]] and not r["equal"]]
-    # prose without a box is refused by contract: 32 rows that take an answer out of running text
+    # 32 rows are prose without a box; those that end with no closing words are refused by contract
+    assert sum(accepted[r["id"]] == r["equal"] for r in rows) >= 274 and len(rows) == 287
     inside = [r for r in rows if r["kind"] == "pair" or r["boxed"]]
     right = [accepted[r["id"]] == r["equal"] for r in inside]
     assert len(inside) == 255 and sum(right) / len(right) >= 0.98
@@ -66,6 +67,10 @@ def test_gsm8k_golds():
     for gold in golds:
         assert reward(gold, gold) == 1
         assert reward(f"So she pays \\$5 a day.\n\\boxed{{{gold}}} it is.", gold) == 1
+        assert reward(f"So she pays \\$5 a day. The answer is {gold}.", gold) == 1
+    for row, gold in zip(rows[7473:], golds[7473:], strict=True):  # the test split's 1,319
+        assert reward(row["answer"], gold) == 1, "a solution as written, with #### n at its end"
+        assert reward(row["answer"], str(Fraction(gold) + 1)) == 0
     values = sorted(set(golds), key=Fraction)
     for a, b in [*zip(values, values[1:], strict=False), *zip(values, values[7:], strict=False)]:
         assert reward(a, b) == (Fraction(a) == Fraction(b)), (a, b)
@@ -149,6 +154,8 @@ def test_exact_value_of_what_was_written(expression, other):
     gold = str(value)  # Python's own p/q
     assert reward(text, gold) == reward(gold, text) == 1
     assert reward(text, str(other)) == (other == value)
+    assert reward(f"x = {text} = {gold}", gold) == reward(f"{gold} = {text}", gold) == 1
+    assert reward(f"{text} = {other}", str(other)) == (other == value), "a false equation is paid"
 
 
 SAME = [
@@ -181,6 +188,10 @@ SAME = [
     ("x'+1", "1+x'"), (r"3\frac{x}12", "6x"),
     (r"\begin{pmatrix}1&2\end{pmatrix}", r"\begin{bmatrix}1&2\end{bmatrix}"),
     (r"\begin{array}{c|c}1&2\\3&4\end{array}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    (r"\sqrt{25}=5", "5"), (r"\sqrt2=1.41", "1.41"), (r"45^\circ=\frac{\pi}{4}", r"\pi/4"),
+    (r"\frac{\pi}{4}=45^\circ", "45"), (r"2\cdot3=6\text{ cm}", "6"), ("1 h = 60 min", "60"),
+    ("1011_2 = 11", "11"), (r"\frac12=50\%", r"50\%"), ("6:10=3:5", "3:5"), ("f(2)=4=4", "4"),
+    (r"\log 100=2", "2"), (r"x=\pm\sqrt4=\pm2", "2,-2"), ("(1,2)=(1,4/2)", "(1,2)"),
 ]  # fmt: skip
 DIFFERENT = [
     (r"50\%", r"5000\%"), ("10, 0.1, 20, 0.2", r"10\%, 20\%"), ("1, 2, 0.01", r"1\%, 2"),
@@ -213,6 +224,12 @@ DIFFERENT = [
     ("3!!", "720"), (r"\csc^{-1}x", r"\sin x"), (r"\frac5{x-x}", r"\frac7{x-x}"), ("0^0", "1"),
     ("2^3^2", "64"), ("12:00", "1:00"), ("x'", "x"), ("4'", "7"), ("24abcd", "24"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
+    ("5=6", "6"), ("5=6", "5"), ("x=5=6", "6"), ("5=x=6", "6"), ("AB=5=6", "6"),
+    ("f(2)=5=6", "6"), ("1=2=1", "1"), ("5=6~6.1", "6"), ("7, 5=6", "7,6"), ("5.6=6", "6"),
+    (r"\sqrt{25}=6", "6"), (r"\sqrt2=1.42", "1.42"), ("1/3=0.34", "0.34"), ("0.33=1/3", "1/3"),
+    ("23/50=1/2", "1/2"), (r"2\cdot4=6\text{ cm}", "6"), ("5 cm = 6 cm", "6"), (r"5=6\%", r"6\%"),
+    (r"5\%=6\%", r"6\%"), (r"\pm5=\pm6", r"\pm6"), ("(1,2)=(3,4)", "(3,4)"),
+    ("x=1,x=5=6", "1,6"), (r"\{1,2\}=\{1,3\}", "1,3"),
 ]  # fmt: skip
 
 
@@ -242,6 +259,116 @@ COMPLETIONS = [
 ]  # fmt: skip
 
 
+CLOSINGS = [  # each says that it is 42, as an evaluation prompt wants it said
+    "The answer is 42", "The answer is 42.", "The answer is: 42", "The answer is $42$.",
+    "The answer is $$42$$", "The answer is **42**.", "**The answer is 42.**", "The answer is $42.",
+    r"The answer is \$42.", r"The answer is \(42\).", "The answer is x = 42.", "Answer: 42",
+    "ANSWER: 42", "Answer: $42$", "**Answer:** 42", "**Answer**: 42", "### Answer\n42",
+    "Final answer: 42", "Final Answer:\n42", "**Final Answer**\n\n42", "Final Answer:\n$$\n42\n$$",
+    "The final answer is 42", "The final answer is $42$. I hope it is correct.",
+    "Final Answer: The final answer is $42$. I hope it is correct.",
+    "Final Answer: The volume of $ABC$ is 42. I hope it is correct.", "So the answer is 42.",
+    "Therefore, the answer is 42.", "Therefore, the answer (arabic numerals) is 42.", "#### 42",
+    "Hence the final answer is 42.", "Thus, the answer is 42.", "The correct answer is 42.",
+    "The answer is 42 cm.", "The answer is 42 apples.",
+    "The answer is 42, because geometry says so.",
+    "She has 2*21=<<2*21=42>>42 of them.\n#### 42", "#### 42 ", "First 6*7.\n42", "It is 6.\n$42$",
+    "I tried 41, not 42. Is it 43? So the answer is 42.", "Not 41.\n\nThe answer is 42.\n",
+    "so $x+y = 1000$ therefore the answer is $42$", "Let $x=4$ and $y=5$.\nThe answer is 42",
+    "The answer is 42.\n#### 42", "x " * 3000 + "\nThe answer is 42",
+]  # fmt: skip
+NOT_CLOSINGS = [  # and none of these says 42, or not for sure
+    # two answers
+    "The answer is 41 or 42.", "The answer is 42 or 41.", "The answer is 42 and 41.",
+    "The answer is 42, 41.", "The answer is 42 (or 41).", "The answer is either 42 or 41.",
+    "The answer is 41. The answer is 42.", "Answer: 41\nAnswer: 42", "#### 41\n#### 42",
+    "#### 41 42", "#### 41, 42", "The answer is 41.\n#### 42", "Final answer: 41; 42",
+    "Answer: 42/41",
+    "The answer is $41$ or $42$.", "A. The answer is 41\nB. The answer is 42",
+    "1. The answer is 41.\n2. The answer is 42.", "The answer is 41.\n42", "41.\n42",
+    "I think the answer is 41.\n42", "It is untrue that\nThe answer is 42", "Even if\nAnswer: 42",
+    "The answer is $42 or $41.",
+    # a denial
+    "The answer is not 42.", "The answer is not $42$.", "The answer isn't 42.",
+    "The answer is no 42",
+    "The answer is never 42.", "The answer is anything but 42.", "The answer is 42 is false.",
+    "The answer is 42, not.", "It is not the case that the answer is 42.",
+    "Not so: the answer is 42.",
+    "It is wrong that\nthe answer is 42", "Never say:\nThe answer is 42", "The wrong answer is 42.",
+    "The answer is other than 42.", "Final Answer: The opposite is 42.", "It is not this one.\n42",
+    "The answer is 42 because I was wrong.", "Final Answer: The half of x is 42.",
+    # a question
+    "Is the answer 42?", "The answer is 42?", "Answer: 42?", "#### 42?",
+    "So the answer is 42, right?",
+    "The answer is 42. Or is it?", "The answer is ?\n42", "The answer is 42 ??",
+    # a quotation
+    'Bob says: "The answer is 42."', '"The answer is 42."', "“The answer is 42”",
+    "'The answer is 42'",
+    "> The answer is 42", "Bob says the answer is 42.", "Bob says:\nThe answer is 42",
+    '"I know it.\nThe answer is 42"', "`The answer is 42`", "```\nThe answer is 42\n```",
+    "Write 'Answer: 42' at the end.", "The answer is said to be 42.", "The answer is “42”.",
+    # a retraction, or more text
+    "The answer is 42. No, it is 41.", "The answer is 42. Wait.",
+    "The answer is 42\nThat is wrong.",
+    "#### 42\nNo.", "The answer is 42. I hope it is not correct.", "Answer: 42 - no",
+    "Answer: 42\n41",
+    "The answer is 42. I hope it is correct. It is 41.", "The answer is 42.\n\nQ: What is 6*8?",
+    "Final answer: 42 (wrong)", "The answer is 42, I mean 41", "The answer was 42.",
+    # a range, or about so many
+    "The answer is 42 to 43.", "The answer is 41-42.", "The answer is 41–42.", "The answer is ~42.",
+    "The answer is between 41 and 42.", "The answer is at least 42.", "The answer is about 42.",
+    "The answer is > 42.", "The answer is \\le 42.", "The answer is 42+.",
+    "The answer is roughly $42$.",
+    r"The answer is $\approx 42$ or so.", "The answer is [42, 43].", "The answer is 42 or more.",
+    "The answer is less than 42.", "The answer is 42 give or take 1.", "The answer is 42...",
+    # a condition
+    "If x = 1, the answer is 42.", "If x is 1,\nThe answer is 42", "The answer is 42 if x = 1.",
+    "The answer is 42 when x is odd.", "The answer is 42 unless x = 1.",
+    "When $x=1$ the answer is 42.",
+    "Assuming so (\nThe answer is 42", "Final Answer: The value if x is 42.",
+    "Case odd: the answer is 42",
+    # another number, or what is no number
+    "The answer is minus 42.", "The answer is -42.", "The answer is 42 million.",
+    "The answer is 42%%",
+    "The answer is half of 42.", "The answer is 42 squared.", "The answer is 42!",
+    "The answer is 4 2.",
+    "The answer is 42 tens.", "The answer is 42 less.", "The answer is four 42.",
+    "The answer is 0x2a",
+    "The answer is 40 + 1.", "The answer is 5 = 42.", "The answer is twice 42",
+    "The answer is 42 short of 50.",
+    "Answer: A) 42", "The answer is the root of 42.", "The answer is 42_{50}.",
+    "The answer is 42e1.",
+    # the middle of prose
+    "We get 42", "Therefore there are 42 of them.", "the answer is 42",
+    "I say that the answer is 42 here.",
+    "The answer is clear: 42", "The answer is in line 42.", "My page\n42", "Choose from\n42",
+    "Pages:\n42",
+    "One is 41, one is\n42", "Answer sheet 42", "# 42", "##### 42", "x#### 42",
+    "The answer #### 42",
+    "The answer is", "Answer:", "#### ", "#### x42",
+    "The answer is 42 of them because 41 is prime.",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", CLOSINGS)
+def test_words_that_close_a_text_lead_to_the_answer(answer):
+    assert judge(answer, "42")[1] == "right" and judge(answer, "41")[1] == "wrong"
+    assert judge(answer + "\nNo.", "42")[1] == "unparsed", "it does not close the text"
+    assert judge(r"\boxed{41} " + answer, "42")[1] == "wrong", "a box comes first"
+
+
+@pytest.mark.parametrize("answer", NOT_CLOSINGS)
+def test_no_other_words_lead_to_an_answer(answer):
+    assert reward(answer, "42") == 0
+    assert reward("Let x = 7. " + answer, "42") == 0
+    assert reward("Six times seven.\n\n" + answer, "42") == 0
+
+
+def test_a_denial_is_unparsed():
+    for text in NOT_CLOSINGS[19:24]:
+        assert judge(text, "42")[1] == "unparsed", text
+
+
 @pytest.mark.parametrize(("answer", "status"), COMPLETIONS)
 def test_completions(answer, status):
     assert judge(answer, "5")[1] == status
@@ -249,7 +376,8 @@ def test_completions(answer, status):
 
 def test_unreadable_gold_is_an_error_and_not_the_answers_fault():
     ragged = r"\begin{pmatrix}1&2\\3\end{pmatrix}"
-    for gold in ("", r"\boxed{", r"\zzz", "1/0", "the answer is 5", ragged, "1," * 27 + "1"):
+    said = "the answer is 5", "The answer is not 5", "5 = 6", r"\sqrt4 = 6"
+    for gold in ("", r"\boxed{", r"\zzz", "1/0", "it is 5", ragged, "1," * 27 + "1", *said):
         assert judge("5", gold)[:2] == (None, "error"), gold
         assert reward(gold, gold) is None, "right samples alone would be kept"
     assert "1/0" in judge("5", "1/0")[2]
@@ -283,18 +411,35 @@ def test_nothing_hangs_or_exhausts_the_stack(text):
     assert reward(r"\pi+x", r"x+\pi") == 1, "the verifier survives it"
 
 
-@pytest.mark.parametrize("piece", [r"\boxed{", r"\(", r"\[", "$", r"\boxed{5}", "{", "1,"])
+ENDINGS = "Answer: ", "\n", " ", "The answer is ", "#### 1\n", "** ", ", because a", "= 1", ". "
+
+
+@pytest.mark.parametrize(
+    "piece", [r"\boxed{", r"\(", r"\[", "$", r"\boxed{5}", "{", "1,", *ENDINGS]
+)
 def test_long_text_takes_no_longer(piece):
     start = time.perf_counter()
     assert reward(piece * 20_000, "7") == 0
     assert time.perf_counter() - start < 1
 
 
+@settings(max_examples=300)
+@given(st.lists(st.sampled_from([*NOT_CLOSINGS, *CLOSINGS, "\n", " ", ". "]), max_size=4))
+def test_what_closes_a_text_is_its_end(texts):
+    """Nothing that stands before the last line or sentence earns anything by itself."""
+    text = "".join(texts)
+    for end in ("\nSo it is.", " Or so.", "\nThe answer is not 42.", "\nThe answer is 41."):
+        assert reward(text + end, "42") == 0
+    if reward(text, "42"):
+        assert any(text.rstrip().endswith(closing.rstrip()) for closing in CLOSINGS)
+
+
 PIECES = [
     *r"0123456789+-*/^_!()[]{}|,.;:=<>$%&'~ abefinxyzAEIP",
     *r"\frac \sqrt \boxed{ \text{ \left( \right) \pi \infty \pm ^{ \cup \% \{ \} \\ \in".split(),
     *r"\sin \begin{pmatrix} \end{pmatrix} \log_ \overline{ cm √ ½ é __class__ 1e9 10^".split(),
-    " or ", "\n", "import os",
+    " or ", "\n", "import os", "**", "The answer is ", "#### ", "Answer: ", ". ", " because ",
+    "not ",
 ]  # fmt: skip
 GOLDS = ("7", "1011_2", "5,6", "(1,2)", r"7\%", "x=7", "7 cm", r"\text{Yes}", "P(1)=7")
 JUNK = (" or 7", r" \text{ or } 7", ", 7", " is 7", " (maybe 7)", "!?", r"\boxed{8}")
