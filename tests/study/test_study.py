@@ -13,6 +13,7 @@ import pytest
 import score
 from study import __main__ as study
 from study import figures, measure, methods, tables
+from study import map as study_map
 from tests.study.test_methods import TINY, same, weights
 
 ROOT = Path(__file__).parents[2]
@@ -206,11 +207,15 @@ def test_all_tables_are_those_of_the_results():
     """Beside the file stand all of its tables; README has some, and no other."""
     text = tables.text(collected("study"))
     assert (RESULTS / "study.md").read_text() == text
+    drawn = study_map.text(collected("map"))
+    assert (RESULTS / "map.md").read_text() == drawn
     known = {text.split("\n")[0], *tables.sections(collected("study")).values()}
+    known |= {part.strip() for part in drawn.split("\n\n")}
     found = re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE)
     assert len(found) >= 3 and {x.strip() for x in found[1:]} <= known
-    assert set(re.findall(r"^\d+ runs, .*$", README, re.MULTILINE)) <= known
-    assert "(results/curves.png)" in README and (RESULTS / "curves.png").is_file()
+    assert set(re.findall(r"^\d+ runs[,;] .*$", README, re.MULTILINE)) <= known
+    for name in ("curves", "map", "reasons"):
+        assert f"(results/{name}.png)" in README and (RESULTS / f"{name}.png").is_file()
     assert len(README.splitlines()) <= 250
 
 
@@ -262,6 +267,34 @@ def test_what_is_said_of_the_seeds_holds():
     rising = [of(name, "acc_t1").mean() for name in ("alpha30", "score", "alpha1", "no_bonus")]
     assert rising == sorted(rising) and 0.4 < of("leak", "acc_t1").mean() / first < 0.5
     assert max(group, key=lambda name: of(name, "delta").mean()) == "leak"
+
+
+def test_what_is_said_of_the_map_holds():
+    """README's sentences, and the one of eval.py's diagnosis."""
+    runs, seen = collected("map")["runs"], {"collapsed": [], "corrected": [], "ahead": []}
+    levels = study_map.by_level(runs, False)["signs"]
+    for group in levels.values():
+        rates = tables.values(group["base"], "repair_rate", sampled=True)
+        theirs = [tables.values(group[x], "acc_t2") for x in study_map.PAIR]
+        for rate, control, ours, *t2 in zip(
+            rates, *(group[x] for x in study_map.PAIR), *theirs, strict=True
+        ):
+            seen["collapsed"].append((rate, study_map.collapsed(control)))
+            seen["corrected"].append((rate, ours["phases"]["score"]["delta"] > 0.2))
+            seen["ahead"].append((rate, t2[1] > t2[0]))
+    assert all(gone for rate, gone in seen["collapsed"] if rate <= 0.3)
+    assert sorted(gone for rate, gone in seen["collapsed"] if 0.3 < rate < 4) == [False, True]
+    assert not any(gone for rate, gone in seen["collapsed"] if rate >= 4)
+    assert all(well == (rate >= 0.1) for rate, well in seen["corrected"])
+    assert [round(rate, 2) for rate, better in seen["ahead"] if not better] == [0.03]
+    early = {phase: measure.mean([x for curve in curves for x in curve if x["step"] <= 30],
+                                 methods.KEYS)
+             for phase, curves in study_map.reasons(levels[study_map.AT]).items()}  # fmt: skip
+    control, stage1 = early["multi_turn"], early["stage1"]
+    assert control["changed_wrong"] > control["copied_wrong"]
+    norms = round(control["norm2"], 2), round(control["norm1"], 1), round(stage1["norm1"], 1)
+    assert norms == (0.08, 1.6, 0.4) and round(control["norm1"] / control["norm2"]) == 20
+    assert round(control["groups"], 3) == 0.007
 
 
 def test_the_rows_of_the_study_are_settings_of_equal_budget():
