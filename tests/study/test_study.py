@@ -293,7 +293,7 @@ def test_what_is_said_of_the_map_holds():
     control, stage1 = early["multi_turn"], early["stage1"]
     assert control["changed_wrong"] > control["copied_wrong"]
     norms = round(control["norm2"], 2), round(control["norm1"], 1), round(stage1["norm1"], 1)
-    assert norms == (0.08, 1.6, 0.4) and round(control["norm1"] / control["norm2"]) == 20
+    assert norms == (0.08, 1.6, 0.4) and 20 < control["norm1"] / control["norm2"] < 21
     assert round(control["groups"], 3) == 0.007
 
 
