@@ -167,7 +167,7 @@ def test_a_batch_without_any_verdict_stops_the_run(monkeypatch, tmp_path):
     """Each row lacks one of its two."""
     rewards = [[torch.nan, 1.0] * 6, [1.0, torch.nan] * 6]
     run, _ = prepared(monkeypatch, tmp_path, rewards)
-    with pytest.raises(RuntimeError, match="no verdict"):
+    with pytest.raises(RuntimeError, match="no row of the batch"):
         score.rl_step(run, stage=score.stage2)
 
 
