@@ -29,7 +29,7 @@ CARELESS, AT = (0.03, 0.1, 0.3), 0.01  # the second map: of PAIR on TASKS[0], wi
 OWN = ("right_revisions", "careless")  # settings that make a level
 METRICS = ("acc_t1", "acc_t2", "delta", "delta_c_to_i", "changed")
 RATES = ("repair_rate", "spoil_rate")  # of the base, sampled
-BASE_N = 5000  # problems on which they are measured
+MORE = 2.5  # times as many problems are they measured on
 REASONS, FIRST = (("multi_turn", "multi_turn"), ("score", "stage1")), 30  # phases compared; steps
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -69,7 +69,8 @@ def collect(args, words: list[str]) -> tuple[Path, dict]:
             levels = [level(task, right, 0.0, PAIR) for right in QUICK]
         found = jobs(c, levels, args.seeds or seeds, runs, "test")
         for job in found[0]:
-            bases.append(job._replace(n=BASE_N, config=replace(job.config, eval_n=BASE_N)))
+            n = int(MORE * c.eval_n)
+            bases.append(job._replace(n=n, config=replace(job.config, eval_n=n)))
         rest += found[1]
     measured = run_all((bases, rest), args.workers)
     found = [short(job, run) for job, run in zip(bases + rest, measured, strict=True)]

@@ -28,9 +28,8 @@ def jobs_of(c, right, careless, methods, seeds, runs):
 def test_a_map_goes_on_with_killed_runs_and_ends_with_tables_and_figures(tmp_path, monkeypatch):
     monkeypatch.setattr(study_map, "RIGHTS", (0.005, 0.01))
     monkeypatch.setattr(study_map, "CARELESS", (0.1,))
-    monkeypatch.setattr(study_map, "BASE_N", 10)
     (base,), (killed,) = jobs_of(Config(**TINY), 0.005, 0, ["score"], [0], tmp_path)
-    measure.work(base._replace(n=10, config=replace(base.config, eval_n=10)))
+    measure.work(base._replace(n=20, config=replace(base.config, eval_n=20)))
     whole = json.loads(json.dumps(measure.work(killed._replace(folder=tmp_path / "whole"))))
     folder = score.create(killed.config, killed.folder)
     with pytest.raises(ZeroDivisionError):  # at Stage II's second step
