@@ -29,7 +29,8 @@ def test_a_map_goes_on_with_killed_runs_and_ends_with_tables_and_figures(tmp_pat
     monkeypatch.setattr(study_map, "RIGHTS", (0.005, 0.01))
     monkeypatch.setattr(study_map, "CARELESS", (0.1,))
     (base,), (killed,) = jobs_of(Config(**TINY), 0.005, 0, ["score"], [0], tmp_path)
-    measure.work(base._replace(n=20, config=replace(base.config, eval_n=20)))
+    before = base._replace(n=20, config=replace(base.config, eval_n=20), commit="before")
+    measure.work(before)
     whole = json.loads(json.dumps(measure.work(killed._replace(folder=tmp_path / "whole"))))
     folder = score.create(killed.config, killed.folder)
     with pytest.raises(ZeroDivisionError):  # at Stage II's second step
@@ -40,10 +41,10 @@ def test_a_map_goes_on_with_killed_runs_and_ends_with_tables_and_figures(tmp_pat
             if run.step == run.phases[run.phase].steps:
                 model.save(dict(model=run.policy.state_dict()), folder / f"{row['phase']}.pt")
             1 / (row["phase"] != "score")
-    results, before = tmp_path / "part-results", (base.folder / "base.pt").stat()
+    results, written = tmp_path / "part-results", (base.folder / "base.pt").stat()
     words = ["--task=signs", "--seeds=0", "--workers=1", f"--runs={tmp_path}", *OPTIONS]
     assert study_map.main(words) == 0
-    assert (base.folder / "base.pt").stat().st_mtime_ns == before.st_mtime_ns
+    assert (base.folder / "base.pt").stat().st_mtime_ns == written.st_mtime_ns
     names = "map-spoils.png map.json map.md map.png reasons.png"
     assert " ".join(sorted(path.name for path in results.iterdir())) == names
     data = json.loads((results / "map.json").read_text())
@@ -57,7 +58,14 @@ def test_a_map_goes_on_with_killed_runs_and_ends_with_tables_and_figures(tmp_pat
     assert [x["step"] for x in mine["curve"] if "norm2" in x] == [10]
     base = found["base", 0.01, 0.0]
     assert "repair_rate" in base["phases"]["base"]["sampled"] and not base["curve"]
-    assert mine["commit"] == whole["commit"]
+    assert found["base", 0.005, 0.0]["commit"] == "before" != mine["commit"] == whole["commit"]
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["phase"] == "stage1" and row["step"] <= 10]
+    kinds = [kind for kind in methods.KINDS if any(row.get(f"{kind}_n") for row in rows)]
+    for kind in kinds:
+        pay, share = (sum(row[key] for row in rows) for key in (kind, f"{kind}_n"))
+        assert mine["curve"][0][kind] == pytest.approx(pay / share, rel=1e-2, abs=1e-3)
+    assert kinds and kinds == [kind for kind in methods.KINDS if kind in mine["curve"][0]]
     text = (results / "map.md").rename(tmp_path / "before.md").read_text()
     assert study_map.main(["--table", str(results / "map.json")]) == 0
     assert (results / "map.md").read_text() == text
