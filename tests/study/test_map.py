@@ -59,6 +59,9 @@ def test_a_map_goes_on_with_killed_runs_and_ends_with_tables_and_figures(tmp_pat
     base = found["base", 0.01, 0.0]
     assert "repair_rate" in base["phases"]["base"]["sampled"] and not base["curve"]
     assert found["base", 0.005, 0.0]["commit"] == "before" != mine["commit"] == whole["commit"]
+    base = found["base", 0.01, 0.0]
+    assert "repair_rate" in base["phases"]["base"]["sampled"] and not base["curve"]
+    assert found["base", 0.005, 0.0]["commit"] == "before" != mine["commit"] == whole["commit"]
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["phase"] == "stage1" and row["step"] <= 10]
     kinds = [kind for kind in methods.KINDS if any(row.get(f"{kind}_n") for row in rows)]
@@ -80,6 +83,18 @@ def test_every_task_has_its_own_settings_and_runs_of_a_seed_a_base():
             own |= dict(method=job.name, right_revisions=0.3, careless=0.1)
             assert job.config == Config(**own)
             own |= dict(base=str(base.folder))
+
+
+def test_an_advantage_is_the_mean_of_the_rows_of_its_kind(tmp_path):
+    """Of a kind without rows there is none, though what it adds to a step's mean is 0."""
+    _, (job,) = jobs_of(Config(**TINY), 0.1, 0, ["score"], [0], tmp_path)
+    kinds = {key: 0.0 for kind in methods.KINDS for key in (kind, f"{kind}_n")}
+    steps = [dict(changed_wrong=0.2, changed_wrong_n=0.1), dict(changed_wrong_n=0.3)]
+    rows = [dict(phase="stage1", step=i, **kinds | x) for i, x in enumerate(steps, start=1)]
+    job.folder.mkdir()
+    (job.folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (block,) = study_map.short(job, dict(phases={}, commit="x"))["curve"]
+    assert block["changed_wrong"] == pytest.approx(0.5) and "copied_wrong" not in block
 
 
 def run_of(name, rate, delta, changed, seed=0):
