@@ -1,8 +1,9 @@
-"""Does each carry arrive? A second toy: addition, `4835160+5164839=`, and an example of a task.
+"""Does each carry arrive? A second toy: addition, `48351+51648=`, and an example of a task.
 
 Answers are written from the left in a fixed number of digits. Half of the columns are made to sum
 to 9, so that a carry runs far: the leading digit, which comes first, depends on every carry. On a
-second attempt the digits to the right are already on the page, and each carry can be checked there.
+second attempt the digits to the right are already on the page, and each carry can be checked there:
+a column that sums to 9 shows a 0 if it hands one on, and else a 9.
 
     python score.py --task addition
     python -c "from tasks import addition; print(addition.arithmetic('0999999', '999999'))"
@@ -17,10 +18,7 @@ import numpy as np
 from rollout import Task, to_read
 from verify import Problem, Verdict, split_of
 
-SETTINGS = dict(  # where score.py's defaults differ for this task
-    size=7, n_layer=3, d_model=48, d_ff=96, sft_steps=1500, sft_batch=128, slip=0.25,
-    slip_hard=0.85, stage1_steps=100, stage2_steps=50,
-)  # fmt: skip
+SETTINGS = dict(slip_hard=0.6, sft_steps=1000, batch=256)  # where score.py's defaults differ
 TOKENS = [*"0123456789+=", "<|end|>", "<|revise|>", "<|check|>"]
 
 
@@ -64,18 +62,17 @@ def operands(n: int, split: str, rng: np.random.Generator, D: int, distinct=Fals
 
 
 def careless_sum(a_N, b_N, slip: float, slip_hard: float, rng: np.random.Generator, D: int):
-    """Return digits [N, A] of sums in which the carry out of a column that sums to 9 is wrong with
-    probability `slip`, and from the third such column in a row on with probability `slip_hard`.
-    With slip < 0.5 < slip_hard a trained base is greedily right where there are no such three."""
-    carry_N, written_N, run_N, columns = *np.zeros((3, len(a_N)), int), []
-    for power in 10 ** np.arange(D):
+    """Return digits [N, A] of sums. Left of a run of columns that sum to 9, the carry that comes
+    out of the run is wrong with probability `slip`, of a run of two or more with `slip_hard`. With
+    slip < 0.5 < slip_hard a trained base is greedily right where there is no run of two."""
+    carry_N, run_N, columns = *np.zeros((2, len(a_N)), int), []
+    for power in 10 ** np.arange(D + 1):
         pair_N = a_N // power % 10 + b_N // power % 10
-        columns.append((pair_N + written_N) % 10)
+        chance_N = np.where(run_N < 2, slip, slip_hard) * ((run_N > 0) & (pair_N != 9))
+        columns.append((pair_N + (carry_N ^ (rng.random(len(a_N)) < chance_N))) % 10)
         carry_N = pair_N + carry_N >= 10
         run_N = np.where(pair_N == 9, run_N + 1, 0)
-        chance_N = np.where(run_N == 0, 0.0, np.where(run_N < 3, slip, slip_hard))
-        written_N = carry_N ^ (rng.random(len(a_N)) < chance_N)
-    return np.stack([written_N.astype(int), *reversed(columns)], axis=1)
+    return np.stack(columns[::-1], axis=1)
 
 
 def corpus(n: int, rng, D: int, slip, slip_hard, rights, careless) -> list[tuple[str, str, str]]:

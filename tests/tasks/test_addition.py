@@ -114,24 +114,22 @@ def test_what_is_impossible_is_said_by_name():
 
 
 @pytest.mark.parametrize(("slip", "slip_hard"), [(0.3, 0.7), (0.0, 0.0), (1.0, 0.0)])
-def test_a_careless_sum_is_that_of_a_walk_along_the_columns(slip, slip_hard):
-    """One column after another from the right, by hand: the carry that is right, the carry that is
-    written, and how many columns in a row have summed to 9."""
+def test_a_careless_sum_is_wrong_left_of_a_run_of_nines_alone(slip, slip_hard):
+    """One digit after another, by hand: the right one, and the text of the columns before it."""
     a, b = addition.operands(300, "train", np.random.default_rng(1), D=6)
     found = addition.careless_sum(a, b, slip, slip_hard, np.random.default_rng(2), D=6)
-    numbers = np.random.default_rng(2).random((6, 300))  # of each column, then of each problem
+    numbers = np.random.default_rng(2).random((7, 300))  # of each column, then of each problem
     for n, (x, y) in enumerate(zip(a.tolist(), b.tolist(), strict=True)):
-        wrote, row, text = 0, 0, ""
-        for column in range(6):
-            u, v = int(f"{x:06d}"[-1 - column]), int(f"{y:06d}"[-1 - column])
-            text = str((u + v + wrote) % 10) + text
-            below = 10 ** (column + 1)
-            wrote = 1 if x % below + y % below >= below else 0
-            row = row + 1 if u + v == 9 else 0
-            if row and numbers[column, n] < (slip_hard if row >= 3 else slip):
-                wrote = 1 - wrote
-        assert "".join(map(str, found[n])) == str(wrote) + text
-        assert slip or int(str(wrote) + text) == x + y
+        sums = [int(u) + int(v) for u, v in zip(f"{x:07d}", f"{y:07d}", strict=True)]
+        nines = "".join("9" if total == 9 else " " for total in sums)
+        for i, right in enumerate(f"{x + y:07d}"):
+            behind = nines[i + 1 :] + " "
+            run = len(behind) - len(behind.lstrip("9"))
+            chance = 0 if run == 0 or nines[i] == "9" else slip if run == 1 else slip_hard
+            if numbers[6 - i, n] < chance:  # a carry too many or too few
+                carried = (int(right) - sums[i]) % 10
+                right = str((sums[i] + 1 - carried) % 10)
+            assert found[n, i] == int(right)
 
 
 def corpus(n, **changes):
