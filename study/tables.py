@@ -43,6 +43,9 @@ VARIANTS = {
     "alpha1": Variant("α = 1", "more", (), dict(alpha=1.0)),
     "alpha30": Variant("α = 30", "more", (), dict(alpha=30.0)),
     "leak": Variant("bonus on both turns", "more", (), dict(leak=1)),
+    "second": Variant(  # Stage I without the hold is multi-turn RL without r1
+        "attempt 2 alone is paid", "more", (), dict(beta2=0.0, stage1_steps=130, stage2_steps=0)
+    ),
 }
 TITLES = {name: variant.title for name, variant in VARIANTS.items()}
 TITLES["stage1"] = "SCoRe's Stage I alone"
