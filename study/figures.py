@@ -32,6 +32,7 @@ REASONS = [  # panels: title, y, factor, and keys of a curve by label
      {", changed": "changed_wrong", ", copied": "copied_wrong"}),
     ("gradient of each attempt", "norm", 1, {", attempt 2": "norm2", ", attempt 1": "norm1"}),
 ]  # fmt: skip
+STYLES, MARKERS = (("-", 1.5), ("--", 2)), "oDs^vP"  # dashed over plain: both are seen
 LEAST = 0.02  # per cent: lower rates are drawn here, as a log axis has no 0
 TICKS = [x * 10**n for n in (-2, -1, 0, 1) for x in (1, 3)] + [100]
 
@@ -43,14 +44,14 @@ def grid(rows: int):
     except ImportError:
         raise ValueError("the figures need: pip install matplotlib==3.11.2") from None
     rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-                     "grid.alpha": 0.25})  # fmt: skip
-    made = figure.Figure((11.4, 0.5 + 3 * rows), layout="constrained")
+                     "grid.alpha": 0.25, "axes.titlesize": 11})  # fmt: skip
+    made = figure.Figure((10, 0.5 + 3.2 * rows), layout="constrained")
     return made, made.subplots(rows, 3, squeeze=False)
 
 
 def save(figure, path: Path) -> None:
     """Write a figure, without naming the version that drew it."""
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    figure.savefig(path, dpi=144, metadata={"Software": None})
 
 
 def lines(axis, methods: dict, keys: dict, factor: float) -> None:
@@ -59,25 +60,27 @@ def lines(axis, methods: dict, keys: dict, factor: float) -> None:
     methods: the curves of all seeds, by name. keys: of what is drawn, by label.
     """
     for name, curves in methods.items():
-        for (label, key), style in zip(keys.items(), ("-", "--"), strict=False):
+        for (label, key), (style, width) in zip(keys.items(), STYLES, strict=False):
             found = [{x["step"]: factor * x[key] for x in rows if key in x} for rows in curves]
             if x := sorted(set().union(*found)):
                 columns = [[row[k] for row in found if k in row] for k in x]
-                mean, error = np.reshape([mean_error(y) for y in columns], (-1, 2)).T
-                axis.plot(x, mean, style, color=COLOURS[name], label=TITLES[name] + label)
-                axis.fill_between(x, mean - error, mean + error, color=COLOURS[name], alpha=0.2)
-    axis.legend(fontsize=7)
+                y, error = np.reshape([mean_error(y) for y in columns], (-1, 2)).T
+                axis.plot(x, y, style, lw=width, color=COLOURS[name], label=TITLES[name] + label)
+                axis.fill_between(x, y - error, y + error, color=COLOURS[name], alpha=0.2)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 
 def draw(runs: list[dict], folder: Path) -> None:
-    """Write the training curves of SCoRe and multi-turn RL, if there are both of one learning
-    rate."""
+    """Write the training curves of SCoRe and multi-turn RL, if there are both, at one rate."""
     group = grouped(runs)
     if "multi_turn" in group and len({run["config"]["lr"] for run in runs}) == 1:
         figure, axes = grid(1)
         for axis, (title, ylabel, names, keys) in zip(axes[0], CURVES, strict=True):
             lines(axis, {x: [run["curve"] for run in group[x]] for x in names}, keys, 100)
             axis.set(title=title, xlabel="step", ylabel=ylabel, ylim=(0, 100))
+        end = runs[0]["config"]["stage1_steps"]
+        axes[0, 0].axvline(end, color="black", ls=":")
+        axes[0, 0].annotate("Stage II", (end + 2, 50))
         save(figure, folder / "curves.png")
 
 
@@ -91,18 +94,16 @@ def draw_map(tasks: dict, rate: str, path: Path) -> None:
     for row, (task, levels) in zip(axes, tasks.items(), strict=True):
         groups = list(levels.values())  # L levels of N seeds
         x_LN = np.maximum([values(x["base"], rate, sampled=True) for x in groups], LEAST)
-        order_L = x_LN.mean(axis=1).argsort()
         for axis, (key, (title, ylabel)) in zip(row, MAP.items(), strict=True):
-            for name in groups[0]:
+            for name, marker in zip(groups[0], MARKERS, strict=False):
                 y_LN = np.array([values(group[name], key) for group in groups])
-                axis.plot(*(z[order_L].mean(axis=1) for z in (x_LN, y_LN)), color=COLOURS[name],
-                          alpha=0.35)  # fmt: skip
-                axis.plot(x_LN.ravel(), y_LN.ravel(), "o", ms=4, alpha=0.75, color=COLOURS[name],
+                means = x_LN.mean(axis=1), y_LN.mean(axis=1)
+                axis.plot(*means, color=COLOURS[name], alpha=0.35)
+                axis.plot(x_LN.ravel(), y_LN.ravel(), marker, ms=5, alpha=0.7, color=COLOURS[name],
                           label=TITLES[name])  # fmt: skip
             axis.set(title=f"{task}: {title}", xlabel=f"base {what} first attempts", ylabel=ylabel,
                      xscale="log")  # fmt: skip
-            low, high = axis.get_xlim()
-            axis.set_xticks([x for x in TICKS if low <= x <= high])
+            axis.set_xticks([x for x in TICKS if x_LN.min() <= x <= x_LN.max()])
             axis.minorticks_off()
             axis.xaxis.set_major_formatter("{x:g}")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
@@ -116,6 +117,6 @@ def draw_reasons(tasks: dict, path: Path) -> None:
     for row, (where, methods) in zip(axes, tasks.items(), strict=True):
         for axis, (title, ylabel, factor, keys) in zip(row, REASONS, strict=True):
             lines(axis, methods, keys, factor)
-            axis.set(title=title, xlabel=f"step  ({where})", ylabel=ylabel)
+            axis.set(title=title, xlabel=f"{where}: step", ylabel=ylabel)
         row[2].set(yscale="log", ylim=(1e-3, None))
     save(figure, path)

@@ -40,7 +40,6 @@ VARIANTS = {
     "offline": Variant(  # the paper's row is of its ICLR version: "w/o online turn 1 samples"
         "w/o on-policy first attempts", "ablation", (60.4, 60.6, 0.2), dict(offline=1.0)
     ),
-    "alpha1": Variant("α = 1", "more", (), dict(alpha=1.0)),
     "alpha30": Variant("α = 30", "more", (), dict(alpha=30.0)),
     "leak": Variant("bonus on both turns", "more", (), dict(leak=1)),
     "second": Variant(  # Stage I without the hold is multi-turn RL without r1
