@@ -82,22 +82,24 @@ def test_programs_are_judged_side_by_side_and_in_order(run, monkeypatch):
 
 
 def test_a_sampler_that_disagrees_stops_the_run(run):
-    """In bfloat16 the gap is only logged, unless it is no number."""
+    """About one token, of the first micro-batch's attempts 1 or the last one's attempts 2. In
+    bfloat16 the gap is only logged, unless it is no number."""
     r, _, reward_KB = steps.collect(run, run.policy)
-    stage, (b, s) = score.stage2(reward_KB, run.config), r.turn_BS.nonzero()[3]
+    stage, run.optimizer.param_groups[0]["lr"] = score.stage2(reward_KB, run.config), 0.0
+    run.config = replace(run.config, micro_batch=len(reward_KB[0]) // 2)
+    places = (r.turn_BS == 1).nonzero()[0], (r.turn_BS == 2).nonzero()[-1]
 
-    run.optimizer.param_groups[0]["lr"] = 0.0
-
-    def gap(dtype, off):
+    def gap(dtype, off, place):
         run.config = replace(run.config, dtype=dtype)
         rows = replace(r, logp_BS=r.logp_BS.clone())
-        rows.logp_BS[b, s] += off
+        rows.logp_BS[*place] += off
         return steps.rl_update(run, rows, reward_KB, stage)["gap"]
 
-    assert gap("float32", 0.0) < 1e-12 and 0.04 < gap("bfloat16", 0.1) < 0.2
-    for dtype, off in (("float32", 2e-3), ("bfloat16", torch.nan)):
-        with pytest.raises(RuntimeError, match="disagree"):
-            gap(dtype, off)
+    for place in places:
+        assert gap("float32", 0.0, place) < 1e-12 and 0.04 < gap("bfloat16", 0.1, place) < 0.2
+        for dtype, off in (("float32", 2e-3), ("bfloat16", torch.nan)):
+            with pytest.raises(RuntimeError, match="disagree"):
+                gap(dtype, off, place)
 
 
 def test_no_verdict_at_all_stops_the_run(run):

@@ -24,8 +24,8 @@ ROWS = [  # row, prompt, gold, verifier, worked answer
         "1+1?", "2", verify.math, r"\boxed{2}",
     ),
     (
-        {"question": "How many?", "answer": "2*600=<<2*600=1200>>1200\n#### 1,200 "},
-        "How many?", "1200", verify.math, "2*600=1200\n\\boxed{1200}",
+        {"question": "How many?", "answer": "#### Bags\n2*600=<<2*600=1200>>1200\n#### 1,200 "},
+        "How many?", "1200", verify.math, "#### Bags\n2*600=1200\n\\boxed{1200}",
     ),
     (
         {"task_id": "HumanEval/0", "prompt": "def f():", "entry_point": "f", "test": CHECK,
