@@ -364,7 +364,7 @@ def open_run(folder: Path) -> Run:
     depends on them. config.json names the module that its settings are of: this, or another's."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} is not a run: it has no config.json")
+        raise ValueError(f"{folder} is not a run: there is no {path}")
     try:
         about = json.loads(path.read_text())
         module = importlib.import_module(about["module"])
