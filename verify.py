@@ -66,7 +66,7 @@ def signs(answer: str, gold: str) -> Verdict:
 
 
 def math(answer: str, gold: str, timeout: float = 2.0) -> Verdict:
-    r"""Return the verdict on an answer in LaTeX: in its last \boxed{}, after closing words, or bare.
+    r"""Return the verdict on an answer in LaTeX: in its last \boxed{}, after closing words or bare.
 
     timeout: seconds that sympy may take to prove two expressions equal. What counts as equal is
     decided in a table in tasks/answers.py; nothing is searched for in prose.
@@ -173,7 +173,7 @@ def problems(n: int, split: str, rng: np.random.Generator, M: int) -> list[Probl
         found |= written(x_NM, target_N, sign_CM[solves_NC.argmax(axis=1)])
         if len(found) >= n:
             return [Problem(*pair) for pair in list(found.items())[:n]]
-    raise ValueError(f"split {split!r} has {len(found)} problems of {M} numbers, not {n} (--eval-n)")
+    raise ValueError(f"{split!r} has {len(found)} problems of {M} numbers, not {n}: --eval-n")
 
 
 # --- the toy: what the base model has read --------------------------------------------------------

@@ -58,7 +58,7 @@ def operands(n: int, split: str, rng: np.random.Generator, D: int, distinct=Fals
             found_2N = found_2N[:, np.sort(np.unique(found_2N, axis=1, return_index=True)[1])]
         if found_2N.shape[1] >= n:
             return found_2N[:, :n]
-    raise ValueError(f"split {split!r} has {found_2N.shape[1]} problems of {D} digits, not {n} (--eval-n)")
+    raise ValueError(f"{split!r} has {found_2N.shape[1]} problems of {D} digits, not {n}: --eval-n")
 
 
 def careless_sum(a_N, b_N, slip: float, slip_hard: float, rng: np.random.Generator, D: int):

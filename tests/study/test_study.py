@@ -265,7 +265,8 @@ def test_what_is_said_of_the_seeds_holds():
     assert round(p, 2) == 0.03 and "p 0.126" in tables.text(collected("study"))
     assert round((of("score", "delta") - of("no_bonus", "delta")).mean()) == 6
     assert abs(of("second", "acc_t2") - of("score", "acc_t2")).max() < 1.5
-    assert (of("second", "delta") > 60).all() and round((first - of("second", "acc_t1")).mean()) == 6
+    assert (of("second", "delta") > 60).all()
+    assert round(first - of("second", "acc_t1").mean()) == 6
     rising = [of(name, "acc_t1").mean() for name in ("alpha30", "score", "no_bonus")]
     assert rising == sorted(rising) and 0.4 < of("leak", "acc_t1").mean() / first < 0.5
     assert max(group, key=lambda name: of(name, "delta").mean()) == "leak"

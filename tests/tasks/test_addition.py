@@ -106,7 +106,7 @@ def test_what_is_impossible_is_said_by_name():
     some = addition.operands(5000, "dev", np.random.default_rng(0), D=1).T.tolist()
     n = len(set(map(tuple, some)))
     assert n == len(task.draw(n, "dev", np.random.default_rng(0)))
-    with pytest.raises(ValueError, match=f"'dev' has {n} problems of 1 digits, not {n + 1} "):
+    with pytest.raises(ValueError, match=f"'dev' has {n} problems of 1 digits, not {n + 1}:"):
         task.draw(n + 1, "dev", np.random.default_rng(0))
 
 
