@@ -9,7 +9,7 @@ is folded into the advantages, which has the gradient of `tensors.k1_terms`.
     python ports/trl_port.py                   # five steps on the toy, on the CPU: seconds a step
 
 Dimension key: B rows (rollouts), G rows of each problem, side by side; T tokens, C of them after
-the prompt. One process: of several, each has a part of the rewards' rows only.
+the prompt.
 """
 
 import json
@@ -65,8 +65,10 @@ class ScoreTrainer(GRPOTrainer):
         out = super()._generate_and_score_completions(inputs)
         turn_BC = pad_sequence([torch.tensor(row["turn"]) for row in inputs], batch_first=True)
         out["turn"] = turn_BC.to(self.accelerator.device)
-        paid_and_held = self.stage(self.reward_B2.T, self.settings)
-        out["advantages"], out["kl_weight"] = spread(out["turn"], *paid_and_held)
+        paid_KB, held = self.stage(self.reward_B2.T, self.settings)  # of all processes' rows
+        mine = slice(len(inputs) * self.accelerator.process_index, None)
+        paid_KB = [paid_B[mine][: len(inputs)] for paid_B in paid_KB]
+        out["advantages"], out["kl_weight"] = spread(out["turn"], paid_KB, held)
         return out
 
     def _compute_loss(self, model, inputs):
@@ -118,7 +120,7 @@ class Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def make_trainer(folder, task, problems, c, stage, steps, out, rewards=None):
+def make_trainer(folder, task, problems, c, stage, steps, out, rewards=None, **more):
     """Return a trainer whose `train()` takes so many steps; their times: `trainer.clock.seconds`.
 
     A step samples two attempts in c.batch rows, c.group of each problem, grades them, scores the
@@ -130,17 +132,20 @@ def make_trainer(folder, task, problems, c, stage, steps, out, rewards=None):
       task: a `rollout.Task`. problems: at least c.batch / c.group. c: a `score.Config`, of which
         the part on reinforcement learning is read. stage: score.stage1 or score.stage2.
       out: TRL's folder. rewards: functions in TRL's form, of attempts 1 and 2; None: the verifier.
+      more: settings of TRL.
     """
-    args = GRPOConfig(
+    usual = dict(
         output_dir=str(out), max_steps=steps, save_strategy="no",
-        report_to="none", disable_tqdm=True, logging_steps=10**6, use_cpu=True, bf16=False,
-        model_init_kwargs={"dtype": "float32"}, gradient_checkpointing=False,
+        report_to="none", disable_tqdm=True, logging_steps=10**6, bf16=False,
+        use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
+        model_init_kwargs={"dtype": "float32"},
         per_device_train_batch_size=c.batch, num_generations=c.group,
         max_completion_length=task.max_new, temperature=c.temperature,  # of both log-probabilities
         learning_rate=c.lr, lr_scheduler_type="constant_with_warmup", warmup_steps=c.warmup,
         adam_beta2=0.95, max_grad_norm=1.0,
         beta=1.0,  # of TRL's own KL, which is not used: else it does not score the frozen base
     )  # fmt: skip
+    args = GRPOConfig(**usual | more)
     rows = [dict(prompt=problem.prompt, problem=i) for i, problem in enumerate(problems)]
     trainer = ScoreTrainer(
         model=str(folder), args=args, processing_class=tokenizer_of(task), rollout_func=two_turns,
