@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 
-from ports import check_port, make_golden, numpy_port
+from ports import check_port, make_golden, numpy_port, one_row
 from ports.check_port import ORDER, TOLERANCE, compare
 
 CASES = check_port.contract()
@@ -182,3 +182,30 @@ def test_whoever_draws_the_bootstrap_finds_the_same_interval(name):
     for seed in range(30):
         interval = numpy_port.bootstrap(changes, seed)
         assert interval == pytest.approx(found["delta_interval"], abs=1e-9)
+
+
+@pytest.mark.parametrize("stage", make_golden.STAGES)
+def test_the_row_as_a_table_says_what_the_gradient_multiplies_log_p_by(stage):
+    """Solved for in the gradient by each logit, after the KL's own part is taken out."""
+    (about, *_), cells = (text := one_row.table(stage)).splitlines(), []
+    cells = [[x.strip() for x in line.split("|")[1:-1]] for line in text.splitlines()[4:]]
+    case, T = CASES["triples"]["outputs"], CASES["triples"]["inputs"]["temperature"]
+    assert sum(float(row[7] or 0) for row in cells) == pytest.approx(
+        float(about.split()[-1]), abs=0.01
+    )
+    seen = 0
+    for s, (token, turn, *numbers) in enumerate(cells[1:]):
+        assert (int(token), int(turn)) == (case["ids"][0][s + 1], case["turn"][0][s])
+        if not numbers[0]:
+            continue
+        logp_V, logq_V = (
+            (x := np.array(case[name][0][s]) / T) - np.log(np.exp(x).sum())
+            for name in ("logits", "ref_logits")
+        )
+        p_V, kl, w = np.exp(logp_V), float(numbers[2]), float(numbers[4])
+        gradient_V = T * len(case["ids"]) * np.array(case[f"{stage}_exact_gradient"][0][s])
+        rest_V = gradient_V - w * p_V * (logp_V - logq_V - kl)  # of one row, by logits / T
+        came_V = np.eye(len(p_V))[int(token)] - p_V
+        assert -rest_V / came_V == pytest.approx(np.full(len(p_V), float(numbers[7])), abs=0.02)
+        seen += 1
+    assert seen == 8
