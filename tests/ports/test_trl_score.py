@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
+import eval as evaluation
 import score
 from scale import pretrained
 from tests.ports.test_ports import load
@@ -45,37 +47,103 @@ def port(tmp_path, monkeypatch):
     return trl_score
 
 
-def test_both_stages_a_resume_and_a_report(port, tmp_path, monkeypatch, capsys):
-    made, make = [], port.trl_port.make_trainer
-    monkeypatch.setattr(
-        port.trl_port, "make_trainer", lambda *x, **y: made.append(make(*x, **y)) or made[-1]
-    )
+@pytest.fixture
+def trained(port, monkeypatch):
+    """Return of each training the trainer, the weights that it began with, and what it resumed."""
+    found, train = [], port.trl_port.ScoreTrainer.train
+
+    def kept(self, resume_from_checkpoint):
+        self.model.save_pretrained(f"began{len(found)}")
+        found.append((self, pretrained.load(f"began{len(found)}"), resume_from_checkpoint))
+        return train(self, resume_from_checkpoint=resume_from_checkpoint)
+
+    monkeypatch.setattr(port.trl_port.ScoreTrainer, "train", kept)
+    return found
+
+
+def logged(trainer, key):
+    return [row[key] for row in trainer.state.log_history if key in row]
+
+
+def weights(folder):
+    return pretrained.load(folder).state_dict()
+
+
+def same(x, y):
+    return all(torch.equal(x[name], y[name]) for name in x)
+
+
+def test_both_stages_and_a_report(port, trained, tmp_path, capsys):
     assert port.main(WORDS) == 0
     assert "| SCoRe |" in capsys.readouterr().out
+    args, c = port.settings(WORDS)
+    task = port.problems.task(c)
     found = json.loads((tmp_path / "out/report.json").read_text())
-    assert list(found) == ["base", "stage1", "score"] and found["score"]["n"] == 2
-    base, one, two = (
-        pretrained.load(tmp_path / x).state_dict()
-        for x in ("model", "out/stage1/final", "out/score/final")
-    )
+    folders = {name: tmp_path / "out" / name / "final" for name in ("stage1", "score")}
+    folders = {"base": tmp_path / "model"} | folders
+    drawn = task.draw(2, "test", np.random.default_rng(0))
+    for name, folder in folders.items():
+        greedy = evaluation.evaluate(pretrained.load(folder), task, drawn, 0.0, 4)
+        del greedy["rows"]
+        assert found[name] == json.loads(json.dumps(greedy))
+    base, one, two = (weights(folder) for folder in folders.values())
     for name, x in base.items():
         assert not torch.equal(x, one[name]) and not torch.equal(one[name], two[name])
-    for trainer, stage in zip(made, (score.stage1, score.stage2), strict=True):
-        reference = trainer.ref_model.state_dict()
+    for (trainer, began, _), stage, start in zip(
+        trained, (score.stage1, score.stage2), (base, one), strict=True
+    ):
         trainer.ref_model.save_pretrained(tmp_path / "reference")
-        assert trainer.stage is stage and len(reference) > 5
-        again = pretrained.load(tmp_path / "reference").state_dict()
-        assert all(torch.equal(x, again[name]) for name, x in base.items())
-    rates = [row["learning_rate"] for x in made for row in x.state.log_history if "loss" in row]
+        assert same(base, weights(tmp_path / "reference")) and trainer.stage is stage
+        assert same(start, began.state_dict())
+        assert trainer.eos_token_ids == [task.end_id]
+    rates = [x for trainer, *_ in trained for x in logged(trainer, "learning_rate")]
     assert rates == pytest.approx([0.5e-2, 0.8e-2, 0.3e-2, 0.4e-2, 0.2e-2])
+    prompts = [[row["prompt"] for row in trainer.train_dataset] for trainer, *_ in trained]
+    assert [len(x) for x in prompts] == [2 * 4, 3 * 4] and prompts[0] != prompts[1][:8]
 
-    (tmp_path / "out/score/final/training_args.bin").unlink()  # killed after its second step
-    for path in (tmp_path / "out/score/checkpoint-3").iterdir():
-        path.unlink()
-    (tmp_path / "out/score/checkpoint-3").rmdir()
-    assert port.main(WORDS) == 0 and len(made) == 3
-    again = pretrained.load(tmp_path / "out/score/final").state_dict()
-    torch.testing.assert_close(again, two, rtol=0, atol=0)
+
+@pytest.mark.parametrize(("lost", "steps"), [(1, 1), (0, 0)])
+def test_a_killed_stage_goes_on_from_its_last_whole_checkpoint(
+    port, trained, tmp_path, lost, steps
+):
+    """Within its third epoch, were the problems few; or when all steps are taken already."""
+    words = [*WORDS, "--stage1-steps=0", "--stage2-steps=9", "--batch=16"]
+    assert port.main(words) == 0
+    (folder,) = (tmp_path / "out").glob("no_stage1")
+    before = weights(folder / "final")
+    (folder / "final/training_args.bin").unlink()
+    for n in range(lost):
+        (folder / f"checkpoint-{9 - n}/trainer_state.json").unlink()
+    assert port.main(words) == 0
+    assert same(before, weights(folder / "final"))
+    assert len(trained) == 1 + steps
+    for trainer, _, resumed in trained[1:]:
+        assert resumed.endswith("checkpoint-8") and trainer.state.global_step == 9
+
+
+def test_micro_batches_have_the_gradient_of_the_batch(port, trained):
+    for size, out in ((8, "whole"), (2, "parts")):
+        words = [*WORDS, "--stage1-steps=0", "--stage2-steps=1", f"--micro-batch={size}"]
+        assert port.main([*words, f"--out={out}"]) == 0
+    norms = [logged(trainer, "grad_norm") for trainer, *_ in trained]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4) and norms[0][0] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--model=nowhere"], "nowhere"), (["--batch=8", "--micro-batch=3"], "--micro-batch 3"),
+     (["--lr=0"], "--lr"), (["--train=none.jsonl"], "none.jsonl"), (["--batch=7"], "--batch")],
+)  # fmt: skip
+def test_bad_options_are_one_line(port, capsys, words, said):
+    assert port.main([*WORDS, *words]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_folder_is_of_one_run(port, tmp_path, capsys):
+    port.settings(WORDS)
+    kept = (tmp_path / "out/config.json").read_text()
+    assert port.main([*WORDS, "--alpha=3"]) == 2 and "other settings" in capsys.readouterr().err
+    assert (tmp_path / "out/config.json").read_text() == kept
 
 
 def test_of_several_processes_each_has_its_own_rows_advantages(port, tmp_path, monkeypatch):
