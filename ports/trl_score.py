@@ -49,7 +49,7 @@ def trainer_of(phase: score.Phase, args, c, task):
     rng, processes = np.random.default_rng((c.seed, *phase.name.encode())), world_size()
     drawn = [x for _ in range(phase.steps) for x in task.draw(c.batch // c.group, "train", rng)]
     rows = c.batch // processes  # of this process, in parts
-    each = c.micro_batch or rows
+    each = min(c.micro_batch or rows, rows)
     if c.batch % (c.group * processes) or rows % each:
         raise ValueError(f"--batch {c.batch} must be a multiple of --group times {processes} "
                          f"processes, and what each has of --micro-batch {each}")  # fmt: skip
