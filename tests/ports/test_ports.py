@@ -1,6 +1,7 @@
 """The ports to libraries pass check_port with what each is to have, and do not only compute."""
 
 import importlib
+import inspect
 import re
 import warnings
 from functools import partial
@@ -15,7 +16,9 @@ from rollout import signs
 from scale import pretrained
 
 CASES = check_port.contract()
+HF = r"ids|turn|stage\d_(token_\w+|exact_(gradient|grad_norm))"
 PORTS = {  # library, dtype, the quantities that the port has
+    "hf_port": ("transformers", "float32", HF),
     "jax_port": ("jax", "float64", r"stage\d_(token_\w+|(exact|k1)_(loss|gradient))"),
     "trl_port": ("trl", "float32", r"stage\d_k1_grad_(norm|norms|entries)"),
     "verl_port": ("verl", "float64", r"stage\d_k1_gradient"),
@@ -39,6 +42,36 @@ def test_a_port_passes_check_port(name):
     assert check_port.first_difference(found, check_port.TOLERANCE[dtype]) is None
     there = {quantity for (quantity, _), verdict in found.items() if verdict}
     assert there == {x for x in check_port.ORDER if re.fullmatch(quantities, x)}
+
+
+@quiet
+@pytest.mark.parametrize(
+    ("right", "wrong", "quantity"),
+    [("(r1_B, r2_B + c", "(r1_B - c['alpha'] * r1_B, r2_B + c", "stage2_token_advantage"),
+     ('(c["beta1"] + c["beta2"], ', '(c["beta2"], ', "stage1_token_kl_weight"),
+     ("x1 + y1 + instruction + y2", "x1 + instruction + y1 + y2", "ids"),
+     ("[1] * len(y1)", "[0] + [1] * (len(y1) - 1)", "turn"),
+     ("x.div(temperature)", "x", "stage1_exact_gradient"),
+     ("logp_BSV.exp() *", "ref_logp_BSV.exp() *", "stage1_exact_gradient"),
+     ("ref_logp_BSV)).sum(-1)", "ref_logp_BSV)).sum(-1).detach()", "stage1_exact_gradient"),
+     ("(advantage_BS - later_BS)", "advantage_BS", "stage1_exact_gradient"),
+     ("(G - 1)", "G", "stage1_token_advantage")],
+)  # fmt: skip
+def test_a_wrong_loop_of_ones_own_fails_at_its_quantity(right, wrong, quantity):
+    """Its first difference, in the order of the checker."""
+    port = load("hf_port")
+    source = inspect.getsource(port)
+    assert source.count(right) == 1
+    names = {"__name__": "wrong"}
+    exec(source.replace(right, wrong), names)
+    found = check_port.check(names["results"](), CASES)
+    assert check_port.first_difference(found, check_port.TOLERANCE["float32"])[0] == quantity
+
+
+@quiet
+def test_a_loop_of_ones_own_samples_grades_and_steps():
+    steps = list(load("hf_port").toy(4))
+    assert steps[-1][0] > 0 and all(0 <= x <= 1 for _, *rewards in steps for x in rewards)
 
 
 def test_the_loop_in_jax_holds_attempt_1_in_stage_1_and_learns_both_in_stage_2():
