@@ -117,7 +117,7 @@ def diagnose(phases: dict) -> list[str]:
                  for x in ("repair", "spoil"))  # fmt: skip
         notes.append("Sampled, the base repairs {} of its wrong first attempts and spoils {} of "
                      "its right ones. On the toy multi-turn RL copies where the base repairs up to "
-                     "0.3 %, corrects from 4 % on; SCoRe corrects from 0.1 % on (study/README.md)."
+                     "0.4 %, corrects from 3 % on; SCoRe corrects from 0.1 % on (study/README.md)."
                      .format(*rates))  # fmt: skip
     if last["truncated_t1"] > 0.1:
         notes.append(f"{last['truncated_t1']:.0%} of the first attempts were cut at the limit, and "

@@ -92,7 +92,7 @@ def draw_map(tasks: dict, rate: str, path: Path) -> None:
     figure, axes = grid(len(tasks))
     what = "spoils, % of right" if rate == "spoil_rate" else "repairs, % of wrong"
     for row, (task, levels) in zip(axes, tasks.items(), strict=True):
-        groups = list(levels.values())  # L levels of N seeds
+        groups = sorted(levels.values(), key=lambda x: sum(values(x["base"], rate, sampled=True)))
         x_LN = np.maximum([values(x["base"], rate, sampled=True) for x in groups], LEAST)
         for axis, (key, (title, ylabel)) in zip(row, MAP.items(), strict=True):
             for name, marker in zip(groups[0], MARKERS, strict=False):

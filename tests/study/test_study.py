@@ -210,11 +210,13 @@ def test_all_tables_are_those_of_the_results():
     drawn = study_map.text(collected("map"))
     assert (RESULTS / "map.md").read_text() == drawn
     known = {text.split("\n")[0], *tables.sections(collected("study")).values()}
+    assert (RESULTS / "addition/map.md").read_text() == study_map.text(collected("addition/map"))
+    drawn += "\n\n" + (RESULTS / "addition/map.md").read_text()
     known |= {part.strip() for part in drawn.split("\n\n")}
     found = re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE)
     assert len(found) >= 3 and {x.strip() for x in found[1:]} <= known
     assert set(re.findall(r"^\d+ runs[,;] .*$", README, re.MULTILINE)) <= known
-    for name in ("curves", "map", "reasons"):
+    for name in ("curves", "map", "reasons", "addition/map"):
         assert f"(results/{name}.png)" in README and (RESULTS / f"{name}.png").is_file()
     assert len(README.splitlines()) <= 250
 
@@ -272,32 +274,55 @@ def test_what_is_said_of_the_seeds_holds():
     assert max(group, key=lambda name: of(name, "delta").mean()) == "leak"
 
 
-def test_what_is_said_of_the_map_holds():
-    """README's sentences, and the one of eval.py's diagnosis."""
-    runs, seen = collected("map")["runs"], {"collapsed": [], "corrected": [], "ahead": []}
-    levels = study_map.by_level(runs, False)["signs"]
+def pairs(levels):
+    """Return of each run of multi-turn RL: the base's repair rate, whether it collapsed, and of
+    SCoRe's beside it Acc@t2 less the other's, and delta; in per cent, by rising rate."""
+    found = []
     for group in levels.values():
         rates = tables.values(group["base"], "repair_rate", sampled=True)
-        theirs = [tables.values(group[x], "acc_t2") for x in study_map.PAIR]
-        for rate, control, ours, *t2 in zip(
-            rates, *(group[x] for x in study_map.PAIR), *theirs, strict=True
-        ):
-            seen["collapsed"].append((rate, study_map.collapsed(control)))
-            seen["corrected"].append((rate, ours["phases"]["score"]["delta"] > 0.2))
-            seen["ahead"].append((rate, t2[1] > t2[0]))
-    assert all(gone for rate, gone in seen["collapsed"] if rate <= 0.3)
-    assert sorted(gone for rate, gone in seen["collapsed"] if 0.3 < rate < 4) == [False, True]
-    assert not any(gone for rate, gone in seen["collapsed"] if rate >= 4)
-    assert all(well == (rate >= 0.1) for rate, well in seen["corrected"])
-    assert [round(rate, 2) for rate, better in seen["ahead"] if not better] == [0.03]
+        control, ours = (np.array(tables.values(group[x], "acc_t2")) for x in study_map.PAIR)
+        gone, delta = (
+            map(study_map.collapsed, group["multi_turn"]),
+            tables.values(group["score"], "delta"),
+        )
+        found += zip(rates, gone, ours - control, delta, strict=True)
+    return sorted(found)
+
+
+def test_what_is_said_of_the_map_holds():
+    """README's sentences, and the one of eval.py's diagnosis."""
+    runs = collected("map")["runs"]
+    levels = study_map.by_level(runs, False)["signs"]
+    found = pairs(levels)
+    gone = [[x for rate, x, *_ in found if low < rate <= high]
+            for low, high in ((0, 0.46), (0.6, 1.1), (2.95, 100))]  # fmt: skip
+    assert [(sum(x), len(x)) for x in gone] == [(15, 15), (2, 5), (0, 10)]
+    assert all(ahead > 0 and delta > 20 for rate, _, ahead, delta in found[2:])
+    assert [round(rate, 2) for rate, *_ in found[:2]] == [0.03, 0.03] and found[2][0] > 0.1
+    assert all(ahead < 0 for _, _, ahead, _ in found[:2])
+    assert round(np.mean([ahead for _, _, ahead, _ in found[-5:]]), 1) == 1.1
+    alone = [(run["phases"]["no_stage1"]["delta"] > 0.05, level) for level, group in levels.items()
+             for run in group["no_stage1"]]  # fmt: skip
+    assert sum(well for well, level in alone if level <= 0.01) == 3
+    assert all(well for well, level in alone if level > 0.01)
     early = {phase: measure.mean([x for curve in curves for x in curve if x["step"] <= 30],
                                  methods.KEYS)
              for phase, curves in study_map.reasons(levels[study_map.AT]).items()}  # fmt: skip
     control, stage1 = early["multi_turn"], early["stage1"]
-    assert control["changed_wrong"] > control["copied_wrong"]
+    assert (round(control["changed_wrong"], 2), round(control["copied_wrong"], 2)) == (-0.09, -0.19)
     norms = round(control["norm2"], 2), round(control["norm1"], 1), round(stage1["norm1"], 1)
-    assert norms == (0.08, 1.6, 0.4) and 20 < control["norm1"] / control["norm2"] < 21
+    assert norms == (0.09, 1.7, 0.3) and round(control["norm1"] / control["norm2"]) == 18
     assert round(control["groups"], 3) == 0.007
+
+    spoils = study_map.by_level(runs, True)["signs"]
+    found = pairs({level: group for level, group in spoils.items() if level})
+    assert len(found) == 10 and round(found[-1][0], 1) == 2.6
+    assert all(gone and ahead > 0 and delta > 20 for _, gone, ahead, delta in found)
+
+    found = pairs(study_map.by_level(collected("addition/map")["runs"], False)["addition"])
+    assert sum(ahead > 0 for _, _, ahead, _ in found) == 2
+    assert (len(found), sum(gone for _, gone, *_ in found)) == (12, 7)
+    assert round(max(delta for *_, delta in found)) == 22
 
 
 def test_the_rows_of_the_study_are_settings_of_equal_budget():
