@@ -116,8 +116,8 @@ def diagnose(phases: dict) -> list[str]:
         rates = ("{:.1%} [{:.1%}, {:.1%}]".format(base[f"{x}_rate"], *base[f"{x}_rate_interval"])
                  for x in ("repair", "spoil"))  # fmt: skip
         notes.append("Sampled, the base repairs {} of its wrong first attempts and spoils {} of "
-                     "its right ones. On the signs toy multi-turn RL copies where a base repairs "
-                     "up to 0.4 %, corrects from 3 % on; SCoRe from 0.1 % on (study/README.md)."
+                     "its right ones. On the signs, if a base spoils little, multi-turn RL copies "
+                     "up to 0.5 %, corrects from 3 % on; SCoRe from 0.1 % on (study/README.md)."
                      .format(*rates))  # fmt: skip
     if last["truncated_t1"] > 0.1:
         notes.append(f"{last['truncated_t1']:.0%} of the first attempts were cut at the limit, and "

@@ -269,9 +269,25 @@ def test_what_is_said_of_the_seeds_holds():
     assert abs(of("second", "acc_t2") - of("score", "acc_t2")).max() < 1.5
     assert (of("second", "delta") > 60).all()
     assert round(first - of("second", "acc_t1").mean()) == 6
+    for name in ("offline", "star_stage2"):
+        assert round((of(name, "delta") - of("score", "delta")).mean()) == 2
     rising = [of(name, "acc_t1").mean() for name in ("alpha30", "score", "no_bonus")]
     assert rising == sorted(rising) and 0.4 < of("leak", "acc_t1").mean() / first < 0.5
     assert max(group, key=lambda name: of(name, "delta").mean()) == "leak"
+
+
+def test_what_is_said_of_ten_seeds_holds():
+    runs = collected("ten")
+    assert (RESULTS / "ten.md").read_text() == tables.text(runs)
+    group = tables.grouped(runs)
+    t2, delta = ({x: np.array(tables.values(group[x], key)) for x in group}
+                 for key in ("acc_t2", "delta"))  # fmt: skip
+    copied = [study_map.collapsed(run) for run in group["multi_turn"]]
+    assert copied == [True] * 10 and (t2["score"] > t2["multi_turn"]).all()
+    assert round((t2["no_stage1"] - t2["score"]).mean()) == -19
+    assert round((delta["no_bonus"] - delta["score"]).mean()) == -6
+    found = tables.sections(runs)["Ablations"]
+    assert "-19.1 (p 0.004)" in found and "-5.6 (p 0.000)" in found
 
 
 def pairs(levels):
@@ -295,12 +311,17 @@ def test_what_is_said_of_the_map_holds():
     levels = study_map.by_level(runs, False)["signs"]
     found = pairs(levels)
     gone = [[x for rate, x, *_ in found if low < rate <= high]
-            for low, high in ((0, 0.46), (0.6, 1.1), (2.95, 100))]  # fmt: skip
+            for low, high in ((0, 0.5), (0.6, 1.1), (2.95, 100))]  # fmt: skip
     assert [(sum(x), len(x)) for x in gone] == [(15, 15), (2, 5), (0, 10)]
     assert all(ahead > 0 and delta > 20 for rate, _, ahead, delta in found[2:])
     assert [round(rate, 2) for rate, *_ in found[:2]] == [0.03, 0.03] and found[2][0] > 0.1
     assert all(ahead < 0 for _, _, ahead, _ in found[:2])
-    assert round(np.mean([ahead for _, _, ahead, _ in found[-5:]]), 1) == 1.1
+    means = [{name: np.mean(tables.values(group[name], "acc_t2")) for name in group}
+             for group in levels.values()]  # fmt: skip
+    ahead = [round(x["score"] - x["multi_turn"], 1) for x in means]
+    assert ahead[2:] == [27.3, 18.8, 3.5, 1.1] and max(ahead) == 27.3
+    assert [x["pair_sft"] > x["multi_turn"] for x in means].count(True) == 5
+    assert [x["pair_sft"] > x["score"] for x in means] == [True] + [False] * 5
     alone = [(run["phases"]["no_stage1"]["delta"] > 0.05, level) for level, group in levels.items()
              for run in group["no_stage1"]]  # fmt: skip
     assert sum(well for well, level in alone if level <= 0.01) == 3
@@ -318,11 +339,22 @@ def test_what_is_said_of_the_map_holds():
     found = pairs({level: group for level, group in spoils.items() if level})
     assert len(found) == 10 and round(found[-1][0], 1) == 2.6
     assert all(gone and ahead > 0 and delta > 20 for _, gone, ahead, delta in found)
+    assert sorted(round(ahead, 1) for _, _, ahead, _ in found)[0] < 2
 
-    found = pairs(study_map.by_level(collected("addition/map")["runs"], False)["addition"])
+    levels = study_map.by_level(collected("addition/map")["runs"], False)["addition"]
+    found = pairs(levels)
     assert sum(ahead > 0 for _, _, ahead, _ in found) == 2
-    assert (len(found), sum(gone for _, gone, *_ in found)) == (12, 7)
-    assert round(max(delta for *_, delta in found)) == 22
+    assert not any(gone and ahead > 0 for _, gone, ahead, _ in found)
+    gone = [[x for rate, x, *_ in found if (rate > 0.3) == more] for more in (False, True)]
+    assert [(sum(x), len(x)) for x in gone] == [(5, 6), (2, 6)]
+    assert sum(study_map.collapsed(x) for group in levels.values() for x in group["score"]) == 4
+    t2 = [[np.mean(tables.values(group[name], "acc_t2")) for name in ("no_stage1", "score")]
+          for group in levels.values()]  # fmt: skip
+    assert sum(x > y for x, y in t2) == 5
+    for group in levels.values():
+        norms = {phase: np.mean([x["norm1"] for rows in curves for x in rows if x["step"] <= 30])
+                 for phase, curves in study_map.reasons(group).items()}  # fmt: skip
+        assert 5 < norms["stage1"] < 15 and norms["stage1"] > norms["multi_turn"]
 
 
 def test_the_rows_of_the_study_are_settings_of_equal_budget():
