@@ -17,6 +17,7 @@ import torch
 
 import rollout
 import score
+import verify
 from ports import one_row
 from scale import train
 from study import figures, tables
@@ -229,6 +230,18 @@ def test_tables_are_those_of_the_results_that_the_markers_name():
     for page in PAGES.values():
         for name, shown in re.findall(r"<!-- (.+?) -->\n(.*?)<!-- end -->", page.read_text(), re.S):
             assert shown.strip() == TABLES[name]().strip(), (page, name)
+
+
+def test_the_transcript_is_a_mistake_copied_and_one_of_the_same_problem_repaired():
+    rows = re.findall(r"^ +\w+  ([\d ]+=\d+)   gold (\S+) .*\n +attempt 1  (.+)\n +attempt 2  (.+)$",
+                      README, re.M)  # fmt: skip
+    (prompt, gold, *copied), (again, gold2, *repaired) = rows
+    assert (prompt, gold) == (again, gold2) and copied[0] == copied[1]
+    numbers, target = prompt.split(" =")
+    assert re.sub("[+-]", " ", gold).split() == numbers.split()
+    assert sum(map(int, re.findall(r"[+-]\d", gold))) == int(target)
+    rewards = [verify.signs(x, gold).reward for x in copied + repaired]
+    assert rewards == [0, 0, 0, 1]
 
 
 def test_the_benchmarks_are_whole_and_as_good_as_asked():
