@@ -233,8 +233,8 @@ def test_tables_are_those_of_the_results_that_the_markers_name():
 
 
 def test_the_transcript_is_a_mistake_copied_and_one_of_the_same_problem_repaired():
-    rows = re.findall(r"^ +\w+  ([\d ]+=\d+)   gold (\S+) .*\n +attempt 1  (.+)\n +attempt 2  (.+)$",
-                      README, re.M)  # fmt: skip
+    line = r"^ +\w+  ([\d ]+=\d+)   gold (\S+) .*\n +attempt 1  (.+)\n +attempt 2  (.+)$"
+    rows = re.findall(line, README, re.M)
     (prompt, gold, *copied), (again, gold2, *repaired) = rows
     assert (prompt, gold) == (again, gold2) and copied[0] == copied[1]
     numbers, target = prompt.split(" =")
