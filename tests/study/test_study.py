@@ -290,6 +290,16 @@ def test_what_is_said_of_ten_seeds_holds():
     assert "-19.1 (p 0.004)" in found and "-5.6 (p 0.000)" in found
 
 
+def test_what_is_said_of_the_learning_rates_holds():
+    runs, best = collected("tune"), {}
+    assert (RESULTS / "tune.md").read_text() == tables.text(runs)
+    for run in runs[1:]:
+        best.setdefault(run["name"], {})[run["config"]["lr"]] = tables.values([run], "acc_t2")[0]
+    rates = {name: max(t2, key=t2.get) for name, t2 in best.items()}
+    assert rates.pop("star") == 3e-3 and set(rates.values()) == {1.5e-3} and len(rates) == 6
+    assert round(best["star"][3e-3] - best["star"][1.5e-3]) == 14
+
+
 def pairs(levels):
     """Return of each run of multi-turn RL: the base's repair rate, whether it collapsed, and of
     SCoRe's beside it Acc@t2 less the other's, and delta; in per cent, by rising rate."""
