@@ -29,13 +29,10 @@ def pad(rows):
 
 def write(model, contexts, end, max_new, temperature):
     """Return an attempt after each context: a context at a time, without padding."""
-    attempts = []
-    for ids in contexts:
-        settings = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
-        made = model.generate(torch.tensor([ids]), max_new_tokens=max_new, eos_token_id=end,
-                              pad_token_id=end, **settings)  # fmt: skip
-        attempts.append(made[0, len(ids) :].tolist())
-    return attempts
+    settings = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+    settings |= dict(max_new_tokens=max_new, eos_token_id=end, pad_token_id=end)
+    made = [model.generate(torch.tensor([ids]), **settings)[0] for ids in contexts]
+    return [row[len(ids) :].tolist() for row, ids in zip(made, contexts, strict=True)]
 
 
 def make_rows(prompts, attempts1, instruction, attempts2):

@@ -66,8 +66,8 @@ class ScoreTrainer(GRPOTrainer):
         turn_BC = pad_sequence([torch.tensor(row["turn"]) for row in inputs], batch_first=True)
         out["turn"] = turn_BC.to(self.accelerator.device)
         paid_KB, held = self.stage(self.reward_B2.T, self.settings)  # of all processes' rows
-        mine = slice(len(inputs) * self.accelerator.process_index, None)
-        paid_KB = [paid_B[mine][: len(inputs)] for paid_B in paid_KB]
+        start = len(inputs) * self.accelerator.process_index
+        paid_KB = [paid_B[start : start + len(inputs)] for paid_B in paid_KB]
         out["advantages"], out["kl_weight"] = spread(out["turn"], paid_KB, held)
         return out
 
@@ -120,7 +120,9 @@ class Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.start)
 
 
-def make_trainer(folder, task, problems, c, stage, steps, out, rewards=None, **more):
+def make_trainer(
+    folder, task, problems, c, stage, steps, out, rewards=None, tokenizer=None, **more
+):
     """Return a trainer whose `train()` takes so many steps; their times: `trainer.clock.seconds`.
 
     A step samples two attempts in c.batch rows, c.group of each problem, grades them, scores the
@@ -132,6 +134,7 @@ def make_trainer(folder, task, problems, c, stage, steps, out, rewards=None, **m
       task: a `rollout.Task`. problems: at least c.batch / c.group. c: a `score.Config`, of which
         the part on reinforcement learning is read. stage: score.stage1 or score.stage2.
       out: TRL's folder. rewards: functions in TRL's form, of attempts 1 and 2; None: the verifier.
+      tokenizer: what TRL logs and saves with; its end-of-text token is task.end_id. None: numbers.
       more: settings of TRL.
     """
     usual = dict(
@@ -148,11 +151,15 @@ def make_trainer(folder, task, problems, c, stage, steps, out, rewards=None, **m
     args = GRPOConfig(**usual | more)
     rows = [dict(prompt=problem.prompt, problem=i) for i, problem in enumerate(problems)]
     trainer = ScoreTrainer(
-        model=str(folder), args=args, processing_class=tokenizer_of(task), rollout_func=two_turns,
+        model=str(folder), args=args, processing_class=tokenizer or tokenizer_of(task),
+        rollout_func=two_turns,
         reward_funcs=rewards or [reward_of(k, task, problems) for k in (1, 2)],
         train_dataset=Dataset.from_list(rows), callbacks=[clock := Clock()],
     )  # fmt: skip
     trainer.task, trainer.settings, trainer.stage, trainer.clock = task, c, stage, clock
+    trainer.eos_token_ids = [task.end_id]  # nothing else that the folder names ends an attempt
+    if not args.use_vllm:
+        trainer.generation_config.eos_token_id = [task.end_id]
     return trainer
 
 

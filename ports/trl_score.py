@@ -46,16 +46,19 @@ def rates(optimizer, phase: score.Phase):
 
 def trainer_of(phase: score.Phase, args, c, task):
     """Return the trainer of a stage: its problems in their order, drawn as score.py draws them."""
-    rng, processes = np.random.default_rng((c.seed, *phase.name.encode())), world_size()
+    rng = np.random.default_rng((c.seed, *phase.name.encode()))
     drawn = [x for _ in range(phase.steps) for x in task.draw(c.batch // c.group, "train", rng)]
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     rows = c.batch // processes  # of this process, in parts
     each = min(c.micro_batch or rows, rows)
     if c.batch % (c.group * processes) or rows % each:
         raise ValueError(f"--batch {c.batch} must be a multiple of --group times {processes} "
                          f"processes, and what each has of --micro-batch {each}")  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(args.model) / "tokenizer.json"))
+    tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(task.end_id)
     folder, stage = args.out / phase.name, phase.step.keywords["stage"]
-    trainer = trl_port.make_trainer(
-        args.model, task, drawn, c, stage, phase.steps, folder,
+    return trl_port.make_trainer(
+        args.model, task, drawn, c, stage, phase.steps, folder, tokenizer=tokenizer,
         per_device_train_batch_size=each, gradient_accumulation_steps=rows // each,
         learning_rate=phase.lr, seed=int(rng.integers(2**31)), shuffle_dataset=False,
         disable_dropout=True, gradient_checkpointing=bool(c.recompute), logging_steps=1,
@@ -64,18 +67,6 @@ def trainer_of(phase: score.Phase, args, c, task):
         vllm_importance_sampling_correction=False,  # SCoRe's loss has no ratio
         generation_kwargs={"stop_token_ids": [task.end_id]} if args.vllm else None,
     )  # fmt: skip
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(args.model) / "tokenizer.json"))
-    tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(task.end_id)
-    trainer.processing_class = tokenizer  # is saved beside the weights
-    trainer.eos_token_ids = [task.end_id]  # nothing else ends an attempt
-    if not args.vllm:
-        trainer.generation_config.eos_token_id = [task.end_id]
-    return trainer
-
-
-def world_size() -> int:
-    """Return how many processes `accelerate launch` has started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def finish(phase: score.Phase, start: Path, args, c, task) -> Path:

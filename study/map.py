@@ -67,9 +67,8 @@ def collect(args, words: list[str]) -> tuple[Path, dict]:
         levels += [level(task, AT, x, PAIR) for x in CARELESS if task == TASKS[0]]
         if args.quick:
             levels = [level(task, right, 0.0, PAIR) for right in QUICK]
-        found = jobs(c, levels, args.seeds or seeds, runs, "test")
+        found, n = jobs(c, levels, args.seeds or seeds, runs, "test"), int(MORE * c.eval_n)
         for job in found[0]:
-            n = int(MORE * c.eval_n)
             bases.append(job._replace(n=n, config=replace(job.config, eval_n=n)))
         rest += found[1]
     measured = run_all((bases, rest), args.workers)

@@ -244,6 +244,11 @@ def test_the_transcript_is_a_mistake_copied_and_one_of_the_same_problem_repaired
     assert rewards == [0, 0, 0, 1]
 
 
+def test_the_model_has_as_many_parameters_as_told(tmp_path):
+    n = sum(x.numel() for x in score.new_run(score.Config(), tmp_path).policy.parameters())
+    assert f"{n:,}\nparameters" in README
+
+
 def test_the_benchmarks_are_whole_and_as_good_as_asked():
     """No row, size, batch or round is left out."""
     sizes = found("tests/results/rollout.json")["sizes"]

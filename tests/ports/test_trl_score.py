@@ -15,6 +15,7 @@ from scale import pretrained
 from tests.ports.test_ports import load
 from tests.scale import tiny
 from tests.scale.test_problems import GSM8K
+from tests.study.test_methods import same
 from tests.truth import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -27,7 +28,7 @@ WORDS = [f"--{key.replace('_', '-')}={x}" for key, x in SMALL.items()]
 @pytest.fixture
 def port(tmp_path, monkeypatch):
     """Return the module, in a folder with a checkpoint and files of problems, where an attempt is
-    paid if its number of tokens, or their sum, is odd."""
+    paid if the sum of its tokens is odd."""
     load("trl_port")
     from ports import trl_score
 
@@ -69,14 +70,10 @@ def weights(folder):
     return pretrained.load(folder).state_dict()
 
 
-def same(x, y):
-    return all(torch.equal(x[name], y[name]) for name in x)
-
-
 def test_both_stages_and_a_report(port, trained, tmp_path, capsys):
     assert port.main(WORDS) == 0
     assert "| SCoRe |" in capsys.readouterr().out
-    args, c = port.settings(WORDS)
+    _, c = port.settings(WORDS)
     task = port.problems.task(c)
     found = json.loads((tmp_path / "out/report.json").read_text())
     folders = {name: tmp_path / "out" / name / "final" for name in ("stage1", "score")}

@@ -307,10 +307,8 @@ def pairs(levels):
     for group in levels.values():
         rates = tables.values(group["base"], "repair_rate", sampled=True)
         control, ours = (np.array(tables.values(group[x], "acc_t2")) for x in study_map.PAIR)
-        gone, delta = (
-            map(study_map.collapsed, group["multi_turn"]),
-            tables.values(group["score"], "delta"),
-        )
+        gone = map(study_map.collapsed, group["multi_turn"])
+        delta = tables.values(group["score"], "delta")
         found += zip(rates, gone, ours - control, delta, strict=True)
     return sorted(found)
 
