@@ -16,7 +16,7 @@ H query heads, J key-value heads, K head size, F hidden width of the MLP.
 """
 
 import copy
-import math
+import fcntl
 import os
 import zipfile
 from dataclasses import dataclass
@@ -32,8 +32,7 @@ class GPTConfig:
     """Sizes of a model.
 
     head_dim: size K of a head; 0 means d_model / n_head. qk_norm: an RMSNorm over K of each query
-    and key, before they turn. rope_scaling: Llama 3's factor, low_freq_factor, high_freq_factor and
-    original_max_position_embeddings; None leaves the frequencies as they are.
+    and key, before they turn.
 
     Raises:
       ValueError: sizes that do not fit each other.
@@ -52,12 +51,16 @@ class GPTConfig:
     tied_head: bool = False
     head_dim: int = 0
     qk_norm: bool = False
-    rope_scaling: tuple[float, float, float, int] | None = None
 
     @property
     def head_size(self) -> int:
         """K: head_dim, or what d_model gives each query head."""
         return self.head_dim or self.d_model // self.n_head
+
+    def frequencies(self) -> torch.Tensor:
+        """Return the angle that each pair of a head turns by from token to token, float64 [K/2]."""
+        half = self.head_size // 2
+        return self.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
 
     def __post_init__(self):
         if self.n_head % self.n_kv_head:
@@ -102,19 +105,9 @@ class Cache:
 def rotary_table(config: GPTConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cos and signed sin of position times frequency, each [max_positions, K], float32.
 
-    Source: Su et al., RoFormer, arXiv 2104.09864, eq. 15, with element k paired with k + K/2;
-    rope_scaling as in the code that Llama 3.1 was released with: pairs that turn less than
-    low_freq_factor times within the original length turn `factor` times slower, those that turn
-    more than high_freq_factor times stay, and those between are interpolated.
+    Source: Su et al., RoFormer, arXiv 2104.09864, eq. 15, with element k paired with k + K/2.
     """
-    half = config.head_size // 2
-    frequency_K = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    if config.rope_scaling is not None:
-        factor, low, high, original = config.rope_scaling
-        turns_K = original * frequency_K / (2 * math.pi)
-        stays_K = ((turns_K - low) / (high - low)).clamp(0, 1)
-        frequency_K = frequency_K * (stays_K + (1 - stays_K) / factor)
-    angle = torch.arange(config.max_positions, dtype=torch.float64)[:, None] * frequency_K
+    angle = torch.arange(config.max_positions, dtype=torch.float64)[:, None] * config.frequencies()
     cos, sin = angle.cos().float(), angle.sin().float()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
@@ -123,16 +116,6 @@ def rotate(x_BTHK: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     """Turn each pair (x[k], x[k + K/2]) by its angle; cos and sin broadcast to [B, T, 1, K]."""
     swapped = x_BTHK.roll(x_BTHK.shape[-1] // 2, dims=-1)
     return (x_BTHK * cos + swapped * sin).to(x_BTHK.dtype)
-
-
-class RMSNorm(nn.RMSNorm):
-    """x / rms(x) * weight over the last axis, in the weight's dtype; returned in x's.
-
-    Source: Zhang and Sennrich, arXiv 1910.07467, eq. 4.
-    """
-
-    def forward(self, x):
-        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -144,8 +127,8 @@ class Attention(nn.Module):
         width = (config.n_head + 2 * config.n_kv_head) * K
         self.qkv = nn.Linear(config.d_model, width, bias=config.qkv_bias)
         self.out = nn.Linear(config.n_head * K, config.d_model, bias=False)
-        self.q_norm = RMSNorm(K, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(K, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(K, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(K, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x_BTD, cos, sin, kept=None):
         """`kept`: this layer's cached k and v [B, J, S, K]; the index of the slots to write to; and
@@ -186,9 +169,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.norm1 = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm1 = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.attention = Attention(config)
-        self.norm2 = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm2 = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x_BTD, cos, sin, kept=None):
@@ -205,7 +188,7 @@ class GPT(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tied_head:
             self.head.weight = self.embed.weight
@@ -277,6 +260,18 @@ def save(content: dict, path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+
+
+def hold(path: Path):
+    """Return a file that is locked until it is closed; ValueError if another process has it."""
+    file = open(path, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise ValueError(f"{path.parent} is in use: process {path.read_text()} trains it") from None
+    path.write_text(str(os.getpid()))
+    return file
 
 
 def load(path: Path) -> dict:

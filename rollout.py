@@ -26,7 +26,6 @@ from typing import NamedTuple
 import numpy as np
 import tiktoken
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 import verify
 from model import GPT, Cache
@@ -145,7 +144,8 @@ def log_probs(logits_BV, temperature: float) -> torch.Tensor:
 
 def pad(rows: list[list], device, dtype=torch.long) -> torch.Tensor:
     """Return ragged rows as [B, T], padded on the right with 0."""
-    return pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], True).to(device)
+    T = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (T - len(row))] for row in rows], dtype=dtype, device=device)
 
 
 def read(model: GPT, cache: Cache, rows: list[list[int]]) -> torch.Tensor:

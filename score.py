@@ -36,7 +36,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from model import GPT, GPTConfig, load, save
+from model import GPT, GPTConfig, hold, load, save
 from rollout import Rollout, Task, find_task, grade, make_rows, rollout, summary, token_terms
 
 # --- the equations: pure functions of plain tensors -----------------------------------------------
@@ -47,7 +47,6 @@ def shaped_reward(reward1_B, reward2_B, alpha: float):
 
     Source: arXiv 2409.12917v2, eq. 5. With gamma = 0 attempt 1 is given when attempt 2 is drawn, so
     -alpha r1 changes no expected gradient: in expectation the bonus is a weight of 1 + alpha on r2.
-    Dividing by a group's standard deviation would cancel that weight, and is not done.
 
     >>> shaped_reward(torch.tensor([0., 0., 1., 1.]), torch.tensor([0., 1., 0., 1.]), 10.0)
     tensor([  0.,  11., -10.,   1.])
@@ -177,7 +176,7 @@ def optimizer_step(run: "Run", mean: torch.Tensor) -> float:
     return norm.item()
 
 
-# --- settings -------------------------------------------------------------------------------------
+# --- settings and phases --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -235,9 +234,6 @@ class Config:
             raise ValueError(f"--right-revisions plus --careless must be at most 1, got {share}")
         if self.device != "cpu" and (self.device != "cuda" or not torch.cuda.is_available()):
             raise ValueError(f"--device must be cpu, or cuda where there is one: {self.device!r}")
-
-
-# --- phases ---------------------------------------------------------------------------------------
 
 
 class Phase(NamedTuple):
@@ -337,7 +333,7 @@ def train(run: Run) -> Iterator[dict]:
         run.optimizer, run.phase, run.step = adamw(run.policy), run.phase + 1, 0
 
 
-# --- a run's folder -------------------------------------------------------------------------------
+# --- a run's folder, and the command line ---------------------------------------------------------
 
 
 def state_of(run: Run) -> dict:
@@ -371,6 +367,8 @@ def open_run(folder: Path) -> Run:
         c = module.Config(**about["config"])
         torch.set_num_threads(about["threads"])
         run = module.new_run(c, folder)
+        if (ROOT / "scale").is_dir():
+            importlib.import_module("scale.threads").share(run.policy, run.base)
         if (folder / "checkpoint.pt").exists():
             state = load(folder / "checkpoint.pt")
             run.phase, run.step = state["phase"], state["step"]
@@ -379,9 +377,6 @@ def open_run(folder: Path) -> Run:
     except (AttributeError, ImportError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder} is not a readable run: {error}") from None
     return run
-
-
-# --- command line ---------------------------------------------------------------------------------
 
 
 def parse(argv: list[str], settings: type):
@@ -396,14 +391,16 @@ def parse(argv: list[str], settings: type):
         allow_abbrev=False, argument_default=argparse.SUPPRESS)  # fmt: skip
     parser.add_argument("--run", type=Path, help="folder to create, by default named in runs/")
     parser.add_argument("--resume", type=Path, help="go on with this run, and no other option")
+    parser.add_argument("--threads", type=int, help="of torch, kept for the run: its cores")
     parser.add_argument("--no-control", action="store_const", const=0, dest="control")
     for f in fields(settings):
         parser.add_argument(f"--{f.name}".replace("_", "-"), type=f.type, help=argparse.SUPPRESS)
     given = vars(parser.parse_args(argv))
+    if "resume" in given and len(given) > 1:
+        raise ValueError("--resume takes all settings from the run: give no other option")
     if "resume" in given:
-        if len(given) > 1:
-            raise ValueError("--resume takes all settings from the run: give no other option")
         return given["resume"], None
+    torch.set_num_threads(given.pop("threads", torch.get_num_threads()))
     folder, defaults = given.pop("run", None), find_task(given.get("task", settings.task))[1]
     c = settings(**defaults | given)
     name = "-".join(f"{key}{given[key]}" for key in given if key != "seed").replace("/", "_")
@@ -411,10 +408,13 @@ def parse(argv: list[str], settings: type):
 
 
 def drive(run: Run) -> None:
-    """Train to the end; log, save and show where the run is. (Accuracies are of samples.)"""
+    """Train to the end; log, save and show where the run is."""
+    names, c = ("loss", "acc_t1", "acc_t2", "changed", "kl1", "kl2"), run.config
+    work = [c.sft_batch] * run.phases[0].steps  # of each step, about
+    work += [2 * c.batch] * sum(x.steps for x in run.phases[1:])
     done, start = sum(x.steps for x in run.phases[: run.phase]) + run.step, time.monotonic()
-    total = sum(x.steps for x in run.phases)
-    with open(run.folder / "log.jsonl", "a+") as log:
+    with hold(run.folder / "lock"), open(run.folder / "log.jsonl", "a+") as log:
+        print("  samples:  step", *(f"{x:>8}" for x in names), "  done     left")
         log.seek(0)
         log.truncate(sum(map(len, log.readlines()[:done])))  # the rest comes again
         for n, row in enumerate(train(run), start=done + 1):
@@ -423,11 +423,11 @@ def drive(run: Run) -> None:
                 save(dict(model=run.policy.state_dict()), run.folder / f"{row['phase']}.pt")
             if ended or run.step % BLOCK == 0:
                 save(state_of(run), run.folder / "checkpoint.pt")
-                names = ("loss", "acc_t1", "acc_t2", "changed", "kl1", "kl2")
-                shown = "  ".join(f"{key} {row[key]:.3f}" for key in names if key in row)
-                print(f"{row['phase']:>10} {row['step']:>5}  {shown:<70} {n / total:4.0%}"
-                      f"{time.monotonic() - start:5.0f} s", flush=True)  # fmt: skip
-    save(state_of(run), run.folder / "checkpoint.pt")
+                shown = "".join(f"{row[x]:z9.3f}" if x in row else " " * 9 for x in names)
+                left = int((time.monotonic() - start) * sum(work[n:]) / sum(work[done:n]))
+                print(f"{row['phase']:>10} {row['step']:>5}{shown}{sum(work[:n]) / sum(work):7.0%}"
+                      f"{left // 60:4}m {left % 60:02}s", flush=True)  # fmt: skip
+        save(state_of(run), run.folder / "checkpoint.pt")
 
 
 def main(argv: list[str], settings: type = Config) -> int:

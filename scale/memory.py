@@ -39,6 +39,11 @@ class BFloat16Linear(nn.Linear):
             return super().forward(x)
 
 
+class Float32Norm(nn.RMSNorm):
+    def forward(self, x):
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class BFloat16GPT(GPT):
     def hidden(self, ids_BT, cache=None, n_new_B=None):
         if cache is not None and cache.reach == 0:
@@ -58,6 +63,8 @@ def prepare(model: GPT, dtype=torch.float32, recompute=False, compile=False) -> 
     """Return the model, of float32 weights on its device, made to compute in float32 or bfloat16.
     For `compile` on a CPU, torch looks for the C++ compiler that CXX names, or the usual one."""
     for module in model.modules():
+        if isinstance(module, nn.RMSNorm) and dtype == torch.bfloat16:
+            module.__class__ = Float32Norm
         if isinstance(module, nn.Linear):
             weight = module.weight
             if dtype == torch.bfloat16 and not weight.requires_grad:

@@ -9,9 +9,11 @@ refused by name, not approximated. A written folder says what it holds in the wo
 """
 
 import json
+import math
 import re
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -38,6 +40,29 @@ COMPANIONS = (
     "chat_template.jinja", "vocab.json", "merges.txt",
 )  # fmt: skip
 
+
+@dataclass(frozen=True)
+class OpenConfig(GPTConfig):
+    """Sizes, and how positions are scaled: None, or the four numbers of LLAMA3."""
+
+    rope_scaling: tuple[float, float, float, int] | None = None
+
+    def frequencies(self) -> torch.Tensor:
+        """Return those of GPTConfig, float64 [K / 2], scaled.
+
+        Source: the code that Llama 3.1 was released with. Pairs that turn less than low_freq_factor
+        times within the original length turn `factor` times slower, those that turn more than
+        high_freq_factor times stay, and those between are interpolated.
+        """
+        usual_K = super().frequencies()
+        if self.rope_scaling is None:
+            return usual_K
+        factor, low, high, original = self.rope_scaling
+        turns_K = original * usual_K / (2 * math.pi)
+        stays_K = ((turns_K - low) / (high - low)).clamp(0, 1)
+        return usual_K * (stays_K + (1 - stays_K) / factor)
+
+
 # --- config.json ----------------------------------------------------------------------------------
 
 
@@ -58,7 +83,7 @@ def number(table: dict, name: str, kind: type, default=None):
 
 
 def read_config(folder: str | Path) -> dict:
-    """Return the sizes in a folder's config.json, by their names in GPTConfig; ValueError if it
+    """Return the sizes in a folder's config.json, by their names in OpenConfig; ValueError if it
     cannot be read, or asks for what our model does not compute."""
     raw = read_json(Path(folder) / "config.json")
     family, layers = raw.get("model_type"), set(raw.get("layer_types") or [])
@@ -101,7 +126,7 @@ def config_json(config: GPTConfig, dtype: torch.dtype) -> dict:
         raise ValueError("no open family has both qk_norm and qkv_bias")
     family = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     scaling = None
-    if config.rope_scaling is not None:
+    if getattr(config, "rope_scaling", None) is not None:
         scaling = {"rope_type": "llama3", **dict(zip(LLAMA3, config.rope_scaling, strict=True))}
     rope = (scaling or {"rope_type": "default"}) | {"rope_theta": config.rope_theta}
     name = str(dtype).removeprefix("torch.")
@@ -173,7 +198,7 @@ def open_tensors(folder: Path) -> dict:
 def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> GPT:
     """Return the model in a folder, on the CPU. ValueError names what is missing, damaged, or of
     another shape or kind."""
-    config = GPTConfig(**read_config(folder))
+    config = OpenConfig(**read_config(folder))
     where = open_tensors(Path(folder))
     with torch.device("meta"):  # no initial weights: they would be drawn only to be overwritten
         model = GPT(config)

@@ -10,6 +10,7 @@ trained. speed.jsonl says what the steps took; a run that is resumed adds to it.
     torchrun --nproc-per-node 2 -m -- scale.train --run runs/two
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -25,7 +26,7 @@ from typing import ClassVar
 import torch
 
 import score
-from model import load
+from model import hold, load
 from scale import pretrained, problems, processes
 from scale.memory import prepare
 from scale.steps import DTYPES, frozen, in_parts
@@ -114,6 +115,12 @@ def new_run(c: Config, folder: Path) -> score.Run:
 
 def drive(run: score.Run) -> None:
     """Train to the end; log, show and save as `score.drive` does, and tell what the steps took."""
+    with contextlib.nullcontext() if processes.rank() else hold(run.folder / "lock"):
+        take_steps(run)
+
+
+def take_steps(run: score.Run) -> None:
+    """Do what `drive` does, in a folder that no other process writes to."""
     c, main, log, board = run.config, processes.rank() == 0, run.folder / "log.jsonl", None
     done, start = sum(x.steps for x in run.phases[: run.phase]) + run.step, time.monotonic()
     if not hasattr(c, "tensorboard"):

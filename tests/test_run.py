@@ -114,6 +114,42 @@ def uninterrupted(tmp_path_factory):
     return outcome(folder)
 
 
+def test_a_run_has_one_writer_and_a_lock_left_behind_does_not_count(tmp_path, capsys):
+    """The other process is one that waits with the lock in its hand, and then is killed."""
+    folder = score.create(CONFIG, tmp_path / "run")
+    wait = f"import model, pathlib; f = model.hold(pathlib.Path({str(folder / 'lock')!r})); input()"
+    words = [sys.executable, "-c", wait]
+    pipes = dict(stdin=subprocess.PIPE, cwd=ROOT, env=ENV)
+    with subprocess.Popen(words, **pipes) as other:
+        while not (folder / "lock").exists() or not (folder / "lock").read_text():
+            assert other.poll() is None
+        assert score.main(["--resume", str(folder)]) == 2
+        assert f"{folder} is in use: process {other.pid} trains it" in capsys.readouterr().err
+        assert not (folder / "log.jsonl").exists()
+        other.kill()
+    score.drive(score.open_run(folder))
+    assert score.open_run(folder).phase == 4
+
+
+def test_progress_is_named_as_wide_in_each_line_and_never_rounds_to_60_seconds(
+    tmp_path, monkeypatch, capsys
+):
+    """The clock goes on by half a second less than a minute a step; of 25 steps the last 20 are
+    taken to work on twice their rows."""
+    seconds = itertools.count(0, 59.5)
+    monkeypatch.setattr(score.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(score, "BLOCK", 1)
+    score.drive(score.open_run(score.create(CONFIG, tmp_path / "run")))
+    names, *lines = capsys.readouterr().out.splitlines()
+    assert len({len(line) for line in (names, *lines)}) == 1
+    assert names.split()[:4] == ["samples:", "step", "loss", "acc_t1"]
+    work = [CONFIG.sft_batch] * 5 + [2 * CONFIG.batch] * 20
+    expected = [int(59.5 * n * sum(work[n:]) / sum(work[:n])) for n in range(1, 26)]
+    shown = [line.split()[-2:] for line in lines]
+    assert [int(m[:-1]) * 60 + int(s[:-1]) for m, s in shown] == expected
+    assert all(int(s[:-1]) < 60 for _, s in shown) and lines[-1].split()[-3] == "100%"
+
+
 @pytest.mark.parametrize("steps", [3, 5])
 def test_a_run_stopped_again_and_again_is_bit_for_bit_the_same(
     tmp_path, monkeypatch, capsys, uninterrupted, steps
@@ -147,7 +183,8 @@ def test_a_run_keeps_its_settings_and_goes_on_with_as_many_threads(tmp_path):
     assert about == dict(module="score", threads=1, config=asdict(CONFIG))
     (folder / "config.json").write_text(json.dumps(about | {"threads": 2}))
     try:
-        assert score.open_run(folder).config == CONFIG and torch.get_num_threads() == 2
+        run = score.open_run(folder)
+        assert run.config == CONFIG and run.policy.threads == 2 and torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(1)
 

@@ -143,3 +143,11 @@ def test_a_compiled_model_computes_the_same():
     torch._dynamo.reset()
     with torch.no_grad():
         assert_close([memory.prepare(gpt, compile=True)(IDS)], [make()(IDS)], 1e-5)
+
+
+def test_norms_are_computed_in_their_weights_precision():
+    """Half-precision states, float32 norms, as a large model is kept: a sum of squares of 1,000s
+    that would be infinite in float16 is not."""
+    norm = memory.Float32Norm(4, eps=1e-6)
+    found = norm(torch.tensor([1000.0, -1000.0, 1000.0, 1000.0], dtype=torch.float16))
+    assert found.dtype == torch.float16 and found.tolist() == [1, -1, 1, 1]

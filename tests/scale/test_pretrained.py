@@ -147,7 +147,9 @@ def test_a_model_of_ours_becomes_an_open_one(tmp_path):
         ({"qkv_bias": True, "head_dim": 10}, "Qwen2ForCausalLM"),
         ({"qk_norm": True, "rope_scaling": (4.0, 1.0, 4.0, 32)}, "Qwen3ForCausalLM"),
     ):
-        gpt = GPT(GPTConfig(89, 2, 4, 2, 24, 20, 128, tied_head=True, **options), seed=4)
+        gpt = GPT(
+            pretrained.OpenConfig(89, 2, 4, 2, 24, 20, 128, tied_head=True, **options), seed=4
+        )
         pretrained.save(gpt, tmp_path / expected)
         loaded = reload(tmp_path / expected)
         assert type(loaded).__name__ == expected

@@ -1,0 +1,74 @@
+"""How do two cores share a small model? Each has half of the rows, through all layers and back.
+
+torch's own threads share every operation, and wait for each other at its end, hundreds of times a
+step. A toy gains little by that; and beside another program, which takes one of the cores for some
+milliseconds at a time, a step takes five times as long. Here threads meet twice a step. Gradients
+of the parts are added in their order: rounded otherwise than one thread's, but the same to the bit
+whenever there are as many threads. Sampling, which reads a token at a time, has one thread.
+
+    python score.py --threads 2 --run runs/two-threads
+
+Dimension key: as in model.py.
+"""
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from model import GPT
+
+ROWS = 128  # fewer are not worth a thread
+SMALL = 2**20  # weights of a model from which on torch's own threads do as well
+
+
+@functools.cache
+def pool(n: int) -> ThreadPoolExecutor:
+    """Return n threads, in each of which torch computes alone."""
+    return ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,))
+
+
+class Shared(torch.autograd.Function):
+    """Logits [B, T, V] of parts of the rows, each from a thread, and so are their gradients."""
+
+    @staticmethod
+    def forward(ctx, logits_of, parts, *weights):
+        ctx.weights = weights
+        ctx.logits = [*pool(len(parts)).map(torch.enable_grad()(logits_of), parts)]
+        return torch.cat([x.detach() for x in ctx.logits])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_BTV):
+        def back(logits, grad):
+            return torch.autograd.grad(logits, ctx.weights, grad, retain_graph=True)
+
+        grads = grad_BTV.tensor_split(len(ctx.logits))
+        parts = pool(len(grads)).map(back, ctx.logits, grads)
+        return None, None, *map(sum, zip(*parts, strict=True))
+
+
+class SharedGPT(GPT):
+    """A GPT whose threads have a part of the rows each, unless it goes on in a cache."""
+
+    threads: int
+
+    def forward(self, ids_BT, cache=None, n_new_B=None):
+        n = min(self.threads, len(ids_BT) // ROWS)
+        if n < 2 or cache is not None:
+            return super().forward(ids_BT, cache, n_new_B)
+        parts = ids_BT.tensor_split(n)
+        if torch.is_grad_enabled() and self.embed.weight.requires_grad:
+            return Shared.apply(super().forward, parts, *self.parameters())
+        return torch.cat([*pool(n).map(torch.no_grad()(super().forward), parts)])
+
+
+def share(*models: GPT) -> None:
+    """Let as many threads as torch has share the rows of small models on the CPU, and let torch
+    have one in each. With larger models, or elsewhere, they share operations as before."""
+    threads, first = torch.get_num_threads(), models[0]
+    size = sum(x.numel() for x in first.parameters())
+    if type(first) is GPT and first.embed.weight.is_cpu and size < SMALL:
+        for model in models:
+            model.threads, model.__class__ = threads, SharedGPT
+        torch.set_num_threads(1)
