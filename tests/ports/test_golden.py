@@ -18,6 +18,22 @@ WEIGHTS = check_port.read(check_port.GOLDEN / "weights.json")
 C, LARGE = WEIGHTS["config"], ("pairs", "triples")
 
 
+def test_the_files_have_the_keys_that_the_guide_names():
+    guide = " ".join((check_port.GOLDEN.parent / "README.md").read_text().split())
+    for path in check_port.GOLDEN.iterdir():
+        keys = ["about", "cases"] if path.name != "weights.json" else list(WEIGHTS)
+        assert list(check_port.read(path)) == keys and f"`{path.name}`" in guide
+    assert f"`weights.json` is `{{{', '.join(WEIGHTS)}}}`" in guide
+
+
+def test_turn_and_token_turn_part_where_the_base_wrote_alone():
+    for case in CASES.values():
+        if "turn" in case["outputs"]:
+            base_B1 = np.array(case["inputs"]["offline1"])[:, None]
+            turn_BS, own_BS = (np.array(case["outputs"][x]) for x in ("turn", "token_turn"))
+            assert ((turn_BS != own_BS) == (base_B1 & (turn_BS == 1))).all()
+
+
 def test_the_files_are_what_the_command_writes():
     """To a unit of the twelfth digit: another machine may round the other way."""
     for path, text in make_golden.make().items():

@@ -14,6 +14,7 @@ import score
 from ports import check_port
 from rollout import signs
 from scale import pretrained
+from tests.truth import ROOT
 
 CASES = check_port.contract()
 HF = r"ids|turn|stage\d_(token_\w+|exact_(gradient|grad_norm))"
@@ -66,6 +67,16 @@ def test_a_wrong_loop_of_ones_own_fails_at_its_quantity(right, wrong, quantity):
     exec(source.replace(right, wrong), names)
     found = check_port.check(names["results"](), CASES)
     assert check_port.first_difference(found, check_port.TOLERANCE["float32"])[0] == quantity
+
+
+def test_the_guide_has_a_command_for_each_port():
+    guide = (ROOT / "ports/README.md").read_text()
+    row = r"^\| .*\]\((\S+\.py)\) \| .* \| `python (?:.* )?(\S+\.py)\b.*` \|$"
+    rows = re.findall(row, guide, re.M)
+    named = {(ROOT / "ports" / link).resolve() for link, _ in rows}
+    assert named == {ROOT / path for _, path in rows}
+    ports = {*(ROOT / "ports").glob("*_port.py")} - {ROOT / "ports/check_port.py"}
+    assert ports < named and all(path.is_file() for path in named)
 
 
 @quiet
