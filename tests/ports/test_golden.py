@@ -6,6 +6,9 @@ ports/numpy_port.py (test_check_port.py); here models, samples and gradients by 
 
 import json
 import math
+import runpy
+import struct
+import sys
 
 import numpy as np
 import pytest
@@ -224,3 +227,16 @@ def test_the_row_as_a_table_says_what_the_gradient_multiplies_log_p_by(stage):
         assert -rest_V / came_V == pytest.approx(np.full(len(p_V), float(numbers[7])), abs=0.02)
         seen += 1
     assert seen == 8
+
+
+def test_the_command_draws_the_row_too_if_asked(tmp_path, monkeypatch, capsys):
+    program = check_port.GOLDEN.parent / "one_row.py"
+    monkeypatch.chdir(tmp_path)
+    for stage, options in (("stage1", []), ("stage2", ["--picture", "row.png"])):
+        monkeypatch.setattr(sys, "argv", ["one_row.py", stage, *options])
+        runpy.run_path(str(program), run_name="__main__")
+        assert capsys.readouterr().out == one_row.table(stage) + "\n"
+        assert [path.name for path in tmp_path.iterdir()] == options[1:]
+    width, height = struct.unpack(">II", (tmp_path / "row.png").read_bytes()[16:24])
+    kept = program.with_suffix(".png").read_bytes()[16:24]
+    assert (width, height) == struct.unpack(">II", kept) == (1296, 475)
