@@ -9,8 +9,9 @@ are no inputs), and writes them as {case: {quantity: values}}.
     python ports/check_port.py results.json --dtype float32
 
 What it prints last is what to look at first: of the quantities that differ the first, in an order
-in which each depends on those before it. Status 0: all that is there agrees. 1: something differs.
-2: cannot be compared.
+in which each depends on those before it. If that one is off by no more than a coarser dtype rounds,
+the first that is off by more follows. Status 0: all that is there agrees. 1: something differs. 2:
+cannot be compared.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 GOLDEN = Path(__file__).parent / "golden"
-TOLERANCE = {  # by the kind of a quantity, as a share of its largest entry; None: not compared
+TOLERANCE = {  # by the kind of a quantity, as a share of its largest entry; None: not compared.
+    # The finest dtype comes first.
     "float64": dict(exact=0, decoded=0, drawn=1e-9, reward=1e-9, scored=1e-9, weights=1e-9),
     "float32": dict(exact=0, decoded=0, drawn=2e-5, reward=1e-6, scored=2e-5, weights=5e-5),
     "bfloat16": dict(exact=0, decoded=None, drawn=None, reward=1e-6, scored=0.05, weights=0.2),
@@ -57,7 +59,7 @@ ROWS = (
      "kept; text decoded and encoded again"),
     ("length", "exact", "[B] real tokens of each row",
      "padding or an end-of-turn token counted that is not there, or one missing"),
-    ("turn", "exact", "[B, S] the attempt, 1 or 2, of token s + 1; 0: of none",
+    ("turn", "exact", "[B, S] the attempt, 1 or 2, of token s + 1, whoever wrote it; 0: of none",
      "the end-of-turn token left out; the mask not shifted with the targets; the instruction in "
      "it; padding told by a token's id"),
     ("token_turn", "exact", "[B, S] as turn, but 0 where another model wrote attempt 1",
@@ -271,7 +273,16 @@ def first_difference(found: dict, tolerance: dict) -> tuple[str, str] | None:
 # --- the report -----------------------------------------------------------------------------------
 
 
-def explain(found: dict, key: tuple[str, str], tolerance: dict, dtype: str) -> str:
+def rounding(quantity: str, verdict: Verdict, dtype: str) -> str | None:
+    """Return the first dtype coarser than the given one that allows a difference, if one does."""
+    names = list(TOLERANCE)
+    for name in names[names.index(dtype) + 1 :]:
+        if status(quantity, verdict, TOLERANCE[name]) == "ok":
+            return name
+    return None
+
+
+def explain(found: dict, key: tuple[str, str], dtype: str) -> str:
     """Return where and by how much the first quantity differs, and the usual cause."""
     q, verdict, names = ORDER[key[0]], found[key], list(ORDER)
     before = [name for name in names[: names.index(q.name)] if found.get((name, key[1]), q) is None]
@@ -280,7 +291,7 @@ def explain(found: dict, key: tuple[str, str], tolerance: dict, dtype: str) -> s
     off = f"off by {verdict.error:.3g} times its largest entry; "
     lines = [
         verdict.where,
-        f"{off if math.isfinite(verdict.error) else ''}{dtype} allows {tolerance[q.kind]:g}",
+        f"{off if math.isfinite(verdict.error) else ''}{dtype} allows {TOLERANCE[dtype][q.kind]:g}",
         f"it is: {q.what}",
         f"usual cause: {q.cause}",
     ]
@@ -290,23 +301,42 @@ def explain(found: dict, key: tuple[str, str], tolerance: dict, dtype: str) -> s
     return "\n".join([f"{q.name} differs first, in case {key[1]}", *told])
 
 
+def differences(found: dict, first: tuple[str, str], dtype: str) -> str:
+    """Return what is told of the first difference; if it is small enough to be the rounding of a
+    coarser dtype, then of the first that is larger."""
+    told = explain(found, first, dtype)
+    if (coarse := rounding(first[0], found[first], dtype)) is None:
+        return told
+    told += f"\n  no more than {coarse} rounds: if a part computes in it, say --dtype {coarse}\n\n"
+    if (large := first_difference(found, TOLERANCE[coarse])) is None:
+        return f"{told}by {coarse}'s tolerances all agree"
+    return f"{told}by {coarse}'s tolerances, {explain(found, large, coarse)}"
+
+
 def listing(found: dict, tolerance: dict) -> str:
-    """Return a line for each quantity that is there: its status and error in each case that has it;
-    and what is missing."""
-    words, missing = {}, {}
+    """Return a line for each quantity that is there: its status and error, case by case."""
+    words = {}
+    for (quantity, case), verdict in found.items():
+        if verdict is not None:
+            error = f" {verdict.error:.0e}" if verdict.error else ""
+            told = f"{case} {status(quantity, verdict, tolerance)}{error}"
+            words.setdefault(quantity, []).append(told)
+    return "\n".join(f"{name:<27} {', '.join(told)}" for name, told in words.items())
+
+
+def missing(found: dict, named: bool) -> list[str]:
+    """Return a line that counts the quantities that are missing; if named, their names by case."""
+    names, there = {}, {case for (_, case), verdict in found.items() if verdict is not None}
     for (quantity, case), verdict in found.items():
         if verdict is None:
-            missing.setdefault(quantity, []).append(case)
-            continue
-        error = f" {verdict.error:.0e}" if verdict.error else ""
-        told = f"{case} {status(quantity, verdict, tolerance)}{error}"
-        words.setdefault(quantity, []).append(told)
-    lines = [f"{name:<27} {', '.join(told)}" for name, told in words.items()]
-    for cases in dict.fromkeys(tuple(cases) for cases in missing.values()):
-        names = ", ".join(name for name, where in missing.items() if tuple(where) == cases)
-        told = f"missing in {', '.join(cases)}: {names}"
-        lines.append(textwrap.fill(told, 99, subsequent_indent="    "))
-    return "\n".join(lines)
+            names.setdefault(case, []).append(quantity)
+    if named or not names:
+        lines = [f"missing in {case}: {', '.join(x)}" for case, x in names.items()]
+        return [textwrap.fill(line, 99, subsequent_indent="    ") for line in lines]
+    parts = [f"{len(x)} in {case}" for case, x in names.items() if case in there]
+    whole = len(names.keys() - there)
+    parts += [f"whole cases {whole}"] if whole else []
+    return [f"missing: {', '.join(parts)} (--missing names them)"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -315,8 +345,8 @@ def parser() -> argparse.ArgumentParser:
         "A golden file is {about, cases: {case: {inputs, outputs}}}; read `about` first.",
         "RESULTS.json is {case: {quantity: values}}, numbers in nested lists. The cases:",
         textwrap.fill(", ".join(contract()), 99, initial_indent="  ", subsequent_indent="  "),
-        "Quantities may be left out, cases too; what is missing is told. In order of dependency,",
-        "STAGE being stage1 or stage2, FORM exact or k1:",
+        "Quantities may be left out, cases too; what is missing is counted. In order of",
+        "dependency, STAGE being stage1 or stage2, FORM exact or k1:",
         *(f"  {name:<23} {what}" for name, _, what, _ in ROWS),
         "B rows (G of each problem, side by side), T tokens, S = T - 1 scored positions: position",
         "s predicts token s + 1. V vocabulary. A difference is told as a share of the quantity's",
@@ -327,7 +357,13 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     found.add_argument("results", metavar="RESULTS.json", type=Path)
-    found.add_argument("--dtype", choices=TOLERANCE, default="float64", help="what it computed in")
+    found.add_argument(
+        "--dtype", choices=TOLERANCE, default="float64",
+        help="the coarsest that a part of the port computes in. float64: NumPy, JAX with x64, "
+        "verl's loss. float32: transformers and TRL, for float64 weights, too, as their norms and "
+        "rotary tables are in float32. bfloat16: autocast. Default: float64",
+    )  # fmt: skip
+    found.add_argument("--missing", action="store_true", help="name what is missing")
     return found
 
 
@@ -342,9 +378,10 @@ def main(argv: list[str]) -> int:
     tolerance = TOLERANCE[asked.dtype]
     first = first_difference(found, tolerance)
     there = sum(v is not None for v in found.values())
-    lines = [listing(found, tolerance), "", f"{there} of {len(found)} pairs of quantity and case "
+    lines = [listing(found, tolerance), *missing(found, asked.missing)]
+    lines += ["", f"{there} of {len(found)} pairs of quantity and case "
              "compared: " + ("some differ" if first else "all agree")]  # fmt: skip
-    lines += ["", explain(found, first, tolerance, asked.dtype)] if first else []
+    lines += ["", differences(found, first, asked.dtype)] if first else []
     print("\n".join(lines))
     return 1 if first else 0
 

@@ -122,6 +122,7 @@ def reader(monkeypatch):
             for name, rows in FILES.items():
                 (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
             shutil.copytree(ROOT / "study/results", folder / "study/results")
+            (folder / "ports").mkdir()
         monkeypatch.chdir(folder)
 
     monkeypatch.setattr(sys, "argv", [])

@@ -205,8 +205,8 @@ def test_what_is_told_of_the_first_difference(capsys, tmp_path):
     assert len(lines) == 5  # no reward depends on the log-probabilities that are missing
     assert re.search("^stage2_advantage2 +pairs DIFFERS", listed, re.MULTILINE)
     assert re.search("^logp +triples ok$", listed, re.MULTILINE)
-    assert "missing in pairs: logp\n" in listed and "missing in two_rows, pairs" not in listed
-    assert max(map(len, lines + listed[listed.index("missing") :].splitlines())) <= 100
+    assert "\nmissing: 1 in pairs, whole cases 7 (--missing names them)\n\n" in listed
+    assert max(map(len, lines)) <= 100
     wrong = dict(pairs=dict(stage2_k1_loss=results["pairs"]["stage1_k1_loss"]))
     _, said = told(capsys, tmp_path / "results.json", wrong)
     assert "not ruled out: ids, length, turn, " in said and "kl2_k1" in said
@@ -215,11 +215,44 @@ def test_what_is_told_of_the_first_difference(capsys, tmp_path):
 def test_a_part_is_enough_and_some_is_not_compared_in_bfloat16(capsys, tmp_path):
     outputs = CASES["pairs"]["outputs"]
     content = {"pairs": {x: outputs[x] for x in ("greedy1", "stage2_exact_gradient")}}
-    status, said = told(capsys, tmp_path / "results.json", content, "--dtype", "bfloat16")
+    options = "--missing", "--dtype", "bfloat16"
+    status, said = told(capsys, tmp_path / "results.json", content, *options)
     there, missing = said.split("\nmissing", 1)
     assert status == 0 and "\n2 of " in missing and "pairs not compared" in there
     names = ORDER.keys() - content["pairs"].keys()
     assert all(name in re.split(r"[\s,]+", missing) for name in names)
+    assert max(map(len, missing.splitlines())) <= 100
+
+
+def test_what_is_missing_is_one_line_and_no_line_if_nothing_is(capsys, tmp_path):
+    results = {name: dict(case["outputs"]) for name, case in CASES.items()}
+    status, said = told(capsys, tmp_path / "results.json", results)
+    assert status == 0 and "missing" not in said
+    del results["metrics"], results["pairs"]["logp"], results["pairs"]["ids"]
+    _, said = told(capsys, tmp_path / "results.json", results)
+    lines = [line for line in said.splitlines() if "missing" in line]
+    assert lines == ["missing: 2 in pairs, whole cases 1 (--missing names them)"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "coarse", "off"), [("float64", "float32", 1e-7), ("float32", "bfloat16", 1e-2)]
+)
+def test_behind_a_difference_of_rounding_the_first_large_one_is_told(
+    capsys, tmp_path, dtype, coarse, off
+):
+    path, outputs = tmp_path / "results.json", CASES["two_rows"]["outputs"]
+    loss_B, slope = outputs["stage1_exact_loss"], "stage1_exact_gradient"
+    near = {"stage1_exact_loss": [x * (1 + off) for x in loss_B], slope: outputs[slope]}
+    wrong = near | {slope: outputs["stage2_exact_gradient"]}
+    heads = r"^(?:by (\w+)'s tolerances,? )?(\w+ differs first|all agree)"
+    for results, last in ((near, "all agree"), (wrong, f"{slope} differs first")):
+        status, said = told(capsys, path, {"two_rows": results}, "--dtype", dtype)
+        assert status == 1 and f"no more than {coarse} rounds: " in said
+        first, second = re.findall(heads, said, re.M)
+        assert first == ("", "stage1_exact_loss differs first") and second == (coarse, last)
+    _, said = told(capsys, path, {"two_rows": wrong}, "--dtype", coarse)
+    assert re.findall(heads, said, re.M) == [("", f"{slope} differs first")]
+    assert "rounds" not in said
 
 
 # --- what cannot be compared ----------------------------------------------------------------------
@@ -262,10 +295,25 @@ def test_wrong_shapes_and_numbers_that_are_none_differ(capsys, tmp_path, wrong, 
     assert status == 1 and said in lines and "stage2_k1_loss differs first" in lines
 
 
-def test_help_tells_every_quantity_and_case(capsys):
+STACKS = {"float64": ("NumPy", "JAX", "verl"), "float32": ("transformers", "TRL"),
+          "bfloat16": ("autocast",)}  # fmt: skip
+
+
+def help_text(capsys):
     with pytest.raises(SystemExit, match="0"):
         check_port.main(["--help"])
-    said = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_help_and_guide_say_which_dtype_suits_which_stack(capsys):
+    for said in (help_text(capsys), (PORTS / "README.md").read_text().replace("`", "")):
+        for dtype, stacks in STACKS.items():
+            (line,) = re.findall(rf"\b{dtype}: ([^.]+)\.", " ".join(said.split()))
+            assert all(stack in line for stack in stacks), line
+
+
+def test_help_tells_every_quantity_and_case(capsys):
+    said = help_text(capsys)
     for name in [*CASES, *(row[0] for row in check_port.ROWS)]:
         assert name in said
     assert max(map(len, said.splitlines())) <= 100

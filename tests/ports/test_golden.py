@@ -6,6 +6,9 @@ ports/numpy_port.py (test_check_port.py); here models, samples and gradients by 
 
 import json
 import math
+import runpy
+import struct
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +19,22 @@ from ports.check_port import ORDER, TOLERANCE, compare
 CASES = check_port.contract()
 WEIGHTS = check_port.read(check_port.GOLDEN / "weights.json")
 C, LARGE = WEIGHTS["config"], ("pairs", "triples")
+
+
+def test_the_files_have_the_keys_that_the_guide_names():
+    guide = " ".join((check_port.GOLDEN.parent / "README.md").read_text().split())
+    for path in check_port.GOLDEN.iterdir():
+        keys = ["about", "cases"] if path.name != "weights.json" else list(WEIGHTS)
+        assert list(check_port.read(path)) == keys and f"`{path.name}`" in guide
+    assert f"`weights.json` is `{{{', '.join(WEIGHTS)}}}`" in guide
+
+
+def test_turn_and_token_turn_part_where_the_base_wrote_alone():
+    for case in CASES.values():
+        if "turn" in case["outputs"]:
+            base_B1 = np.array(case["inputs"]["offline1"])[:, None]
+            turn_BS, own_BS = (np.array(case["outputs"][x]) for x in ("turn", "token_turn"))
+            assert ((turn_BS != own_BS) == (base_B1 & (turn_BS == 1))).all()
 
 
 def test_the_files_are_what_the_command_writes():
@@ -208,3 +227,16 @@ def test_the_row_as_a_table_says_what_the_gradient_multiplies_log_p_by(stage):
         assert -rest_V / came_V == pytest.approx(np.full(len(p_V), float(numbers[7])), abs=0.02)
         seen += 1
     assert seen == 8
+
+
+def test_the_command_draws_the_row_too_if_asked(tmp_path, monkeypatch, capsys):
+    program = check_port.GOLDEN.parent / "one_row.py"
+    monkeypatch.chdir(tmp_path)
+    for stage, options in (("stage1", []), ("stage2", ["--picture", "row.png"])):
+        monkeypatch.setattr(sys, "argv", ["one_row.py", stage, *options])
+        runpy.run_path(str(program), run_name="__main__")
+        assert capsys.readouterr().out == one_row.table(stage) + "\n"
+        assert [path.name for path in tmp_path.iterdir()] == options[1:]
+    width, height = struct.unpack(">II", (tmp_path / "row.png").read_bytes()[16:24])
+    kept = program.with_suffix(".png").read_bytes()[16:24]
+    assert (width, height) == struct.unpack(">II", kept) == (1296, 475)

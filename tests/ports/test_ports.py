@@ -1,10 +1,12 @@
 """The ports to libraries pass check_port with what each is to have, and do not only compute."""
 
 import importlib
-import inspect
 import re
+import runpy
+import sys
 import warnings
 from functools import partial
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import score
 from ports import check_port
 from rollout import signs
 from scale import pretrained
+from tests.truth import ROOT
 
 CASES = check_port.contract()
 HF = r"ids|turn|stage\d_(token_\w+|exact_(gradient|grad_norm))"
@@ -44,28 +47,89 @@ def test_a_port_passes_check_port(name):
     assert there == {x for x in check_port.ORDER if re.fullmatch(quantities, x)}
 
 
-@quiet
-@pytest.mark.parametrize(
-    ("right", "wrong", "quantity"),
-    [("(r1_B, r2_B + c", "(r1_B - c['alpha'] * r1_B, r2_B + c", "stage2_token_advantage"),
-     ('(c["beta1"] + c["beta2"], ', '(c["beta2"], ', "stage1_token_kl_weight"),
-     ("x1 + y1 + instruction + y2", "x1 + instruction + y1 + y2", "ids"),
-     ("[1] * len(y1)", "[0] + [1] * (len(y1) - 1)", "turn"),
-     ("x.div(temperature)", "x", "stage1_exact_gradient"),
-     ("logp_BSV.exp() *", "ref_logp_BSV.exp() *", "stage1_exact_gradient"),
-     ("ref_logp_BSV)).sum(-1)", "ref_logp_BSV)).sum(-1).detach()", "stage1_exact_gradient"),
-     ("(advantage_BS - later_BS)", "advantage_BS", "stage1_exact_gradient"),
-     ("(G - 1)", "G", "stage1_token_advantage")],
-)  # fmt: skip
-def test_a_wrong_loop_of_ones_own_fails_at_its_quantity(right, wrong, quantity):
-    """Its first difference, in the order of the checker."""
-    port = load("hf_port")
-    source = inspect.getsource(port)
+WRONG = [  # a line of a port, a mistake in it, and the quantity that is to differ first
+    # transformers: the bonus in turn 1, anchors without gradient, a mask that is late
+    ("hf_port", "(r1_B, r2_B + c", "(r1_B + c['alpha'] * (r2_B - r1_B), r2_B + c",
+     "stage2_token_advantage"),
+    ("hf_port", "ref_logp_BSV)).sum(-1)", "ref_logp_BSV)).sum(-1).detach()",
+     "stage1_exact_gradient"),
+    ("hf_port", "(advantage_BS - later_BS)", "advantage_BS", "stage1_exact_gradient"),
+    ("hf_port", "turn[1:] for turn", "turn[:-1] for turn", "turn"),
+    ("hf_port", "x.div(temperature)", "x", "stage1_exact_gradient"),
+    # and what a loop of one's own gets wrong besides
+    ("hf_port", '(c["beta1"] + c["beta2"], ', '(c["beta2"], ', "stage1_token_kl_weight"),
+    ("hf_port", "x1 + y1 + instruction + y2", "x1 + instruction + y1 + y2", "ids"),
+    ("hf_port", "[1] * len(y1)", "[0] + [1] * (len(y1) - 1)", "turn"),
+    ("hf_port", "logp_BSV.exp() *", "ref_logp_BSV.exp() *", "stage1_exact_gradient"),
+    ("hf_port", "(G - 1)", "G", "stage1_token_advantage"),
+    ("jax_port", "jnp.where(stage == 1, nothing_B, reward1_B)",
+     "jnp.where(stage == 1, nothing_B, reward1_B + alpha * (reward2_B - reward1_B))",
+     "stage2_token_advantage"),
+    ("jax_port", "(jnp.exp(logp_BSV) * ratio_BSV)", "stop_gradient(jnp.exp(logp_BSV) * ratio_BSV)",
+     "stage1_exact_gradient"),
+    ("jax_port", "(later_BS - advantage_BS)", "-advantage_BS", "stage1_exact_gradient"),
+    ("jax_port", "score_tensors(turn_BS, *rewards, G, stage, *settings)",
+     "score_tensors(jnp.roll(turn_BS, 1, axis=1), *rewards, G, stage, *settings)",
+     "stage1_token_advantage"),
+    ("jax_port", "log_softmax(logits_BSV / temperature)", "log_softmax(logits_BSV)",
+     "stage1_exact_loss"),
+    # TRL's port has gradients by the weights alone
+    ("trl_port", "paid_KB, held = self.stage(self.reward_B2.T, self.settings)",
+     "paid_KB, held = self.stage(self.reward_B2.T, self.settings)\n"
+     "        paid_KB = [paid_KB[self.stage is score.stage2], paid_KB[1]]",
+     "stage2_k1_grad_norm"),
+    ("trl_port", 'fold(inputs["advantages"], inputs["kl_weight"], *terms)', 'inputs["advantages"]',
+     "stage1_k1_grad_norm"),
+    ("trl_port", "[1] * len(y1) + [0] * len(p1) + [2] * len(y2) for",
+     "([0] + [1] * len(y1) + [0] * len(p1) + [2] * len(y2))[:-1] for", "stage1_k1_grad_norm"),
+    ("trl_port", "temperature=c.temperature", "temperature=1.0", "stage1_k1_grad_norm"),
+    # tensors.py, as TRL's port and the golden cases' own program use it
+    ("tensors", "[nothing_B, *advantage_KB]", "[nothing_B, advantage_KB[-1], advantage_KB[-1]]",
+     "stage1_token_advantage"),
+    ("tensors", "k1_BS * (1 + logp_BS - logp_BS.detach())", "k1_BS", "stage1_k1_gradient"),
+    ("tensors", ".flip(1).cumsum(1).flip(1)", "", "stage1_k1_grad_norm"),
+    ("tensors", ".gather(1, turn_BS)", ".gather(1, turn_BS.roll(1, 1))", "stage1_token_advantage"),
+    ("tensors", "log_probs(model(r.ids_BT[:, :-1]), temperature)",
+     "log_probs(model(r.ids_BT[:, :-1]), 1.0)", "kl_token_k1"),
+]  # fmt: skip
+
+
+def edited(name, right, wrong):
+    """Return a module of ports/ as made anew from its source, after a mistake."""
+    source = (ROOT / f"ports/{name}.py").read_text()
     assert source.count(right) == 1
-    names = {"__name__": "wrong"}
-    exec(source.replace(right, wrong), names)
-    found = check_port.check(names["results"](), CASES)
-    assert check_port.first_difference(found, check_port.TOLERANCE["float32"])[0] == quantity
+    module = ModuleType(f"ports.{name}")
+    module.__file__ = str(ROOT / f"ports/{name}.py")
+    exec(compile(source.replace(right, wrong), module.__file__, "exec"), vars(module))
+    return module
+
+
+@quiet
+@pytest.mark.parametrize(("name", "right", "wrong", "quantity"), WRONG)
+def test_a_wrong_port_fails_at_its_quantity(name, right, wrong, quantity, monkeypatch):
+    """Its first difference, in the order of the checker. NumPy's are in test_check_port.py."""
+    port = "trl_port" if name == "tensors" else name
+    load(port)
+    module = edited(name, right, wrong)
+    if name == "tensors":
+        monkeypatch.setitem(sys.modules, "ports.tensors", module)
+        paths = (str(ROOT / f"ports/{x}.py") for x in ("make_golden", port))
+        golden, trl = (runpy.run_path(path)["results"] for path in paths)
+        results = {"triples": golden(CASES["triples"]["inputs"]) | trl()["triples"]}
+    else:
+        results = module.results()
+    found, dtype = check_port.check(results, CASES), PORTS[port][1]
+    assert check_port.first_difference(found, check_port.TOLERANCE[dtype])[0] == quantity
+
+
+def test_the_guide_has_a_command_for_each_port():
+    guide = (ROOT / "ports/README.md").read_text()
+    row = r"^\| .*\]\((\S+\.py)\) \| .* \| `python (?:.* )?(\S+\.py)\b.*` \|$"
+    rows = re.findall(row, guide, re.M)
+    named = {(ROOT / "ports" / link).resolve() for link, _ in rows}
+    assert named == {ROOT / path for _, path in rows}
+    ports = {*(ROOT / "ports").glob("*_port.py")} - {ROOT / "ports/check_port.py"}
+    assert ports < named and all(path.is_file() for path in named)
 
 
 @quiet
