@@ -183,9 +183,7 @@ def refuted(a, b) -> bool:
 
 def proven_zero(d) -> bool:
     """Return whether sympy proves an expression zero."""
-    import sympy
-
-    return sympy.expand(d) == 0 or d.equals(0) is True
+    return d.expand() == 0 or d.equals(0) is True
 
 
 if __name__ == "__main__":
