@@ -143,7 +143,9 @@ def decide(what: str, x, y, half) -> bool:
         quotient = sympy.simplify(a / b)
         number = quotient.is_number and quotient.is_real and quotient.is_zero is False
         return bool(number and (what == "factor" or quotient.is_positive))
-    return a == b or (not refuted(a, b) and proven_zero(a - b))
+    if a == b or refuted(a, b):
+        return a == b
+    return (a - b).expand() == 0 or (a - b).equals(0) is True
 
 
 def build(x):
@@ -179,11 +181,6 @@ def refuted(a, b) -> bool:
             if abs(u - v) > max(abs(u), abs(v), sympy.Float("1e-30")) * sympy.Float("1e-20"):
                 return True
     return False
-
-
-def proven_zero(d) -> bool:
-    """Return whether sympy proves an expression zero."""
-    return d.expand() == 0 or d.equals(0) is True
 
 
 if __name__ == "__main__":

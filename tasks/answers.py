@@ -188,15 +188,12 @@ def plain_text(text: str) -> str | None:
 def same_text(a: str, b: str) -> bool:
     r"""Return whether both are the same words. Case counts, but in \text{} or no variables."""
     x, y = plain_text(a), plain_text(b)
-    if x is None or y is None:
+    if x is None or y is None or x.lower() != y.lower():
         return False
-    words = len(x) > 1 and (r"\text" in a + b or not readable(x) or not readable(y))
-    return x == y or (words and x.lower() == y.lower())
-
-
-def readable(text: str) -> bool:
+    words = r"\text" in a + b
     try:
-        latex.parse(text)
+        for text in (x, y):
+            latex.parse(text)
     except Unreadable:
-        return False
-    return True
+        words = True
+    return x == y or (words and len(x) > 1)
