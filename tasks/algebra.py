@@ -52,8 +52,8 @@ class Worker:
     Any number of threads may ask. A fork gets its own (`worker`), as two could not share its pipes.
     """
 
-    def __init__(self):
-        self.lock, self.process, self.owner = threading.Lock(), None, os.getpid()
+    def __init__(self, owner: int):
+        self.lock, self.process, self.owner = threading.Lock(), None, owner
         atexit.register(self.close)
 
     def start(self) -> None:
@@ -96,9 +96,7 @@ class Worker:
         raise WorkerDied("sympy's process died twice")
 
 
-@functools.cache
-def worker(_pid: int) -> Worker:
-    return Worker()
+worker = functools.cache(Worker)  # of the process with this id
 
 
 # --- the worker -----------------------------------------------------------------------------------
