@@ -132,8 +132,7 @@ def paid_for(r: Rollout, reward_KB, advantage_B, G: int) -> dict:
 
 
 def norms(run: Run, r: Rollout, terms, paid_and_held) -> dict:
-    """Return the norm of the gradient of each attempt's terms, pay and KL, as if the other's were
-    none."""
+    """Return the norm of the gradient of each attempt's terms, pay and KL, without the other's."""
     found = {}
     for k in (1, 2):
         loss_B = loss(*terms, r.turn_BS * (r.turn_BS == k), *paid_and_held)

@@ -2,8 +2,7 @@ r"""Is the answer of a completion right? Where it stands, and what counts as equ
 
 The answer is the last \boxed{}; without a box, what evaluation prompts want at the end of a text:
 "The answer is 5.", "Final answer: 5", "#### 5"; else the text must *be* an answer, or plain words
-round one formula: "The sum is $5$.". Nothing is searched for in prose. What the sources leave open
-is decided so:
+round one formula: "The sum is $5$.". Nothing is searched for in prose. What the sources leave open:
 
   boxes              the last one counts; another, different one in the same line: unparsed
   closing words      start a sentence; two that lead to different answers, or text behind: unparsed
