@@ -28,8 +28,7 @@ KINDS = {  # methods, seeds, split, learning rates
 
 
 def rows(names, rates) -> dict[str, tuple[str, dict]]:
-    """Return the runs of a seed, by the folder's name: name and settings, each once, SCoRe's
-    always."""
+    """Return a seed's runs, by the folder's name: name and settings, each once, SCoRe's always."""
     found = {}
     for name in dict.fromkeys(("score", *names)):
         own = dict(method="score") | (VARIANTS[name].options or dict(method=name))

@@ -111,8 +111,7 @@ def draw_map(tasks: dict, rate: str, path: Path) -> None:
 
 
 def draw_reasons(tasks: dict, path: Path) -> None:
-    """Write what the two attempts' gradients were made of. tasks: by what it is of, the curves of
-    `lines`."""
+    """Write what the two attempts' gradients were made of. tasks: by name, `methods` of `lines`."""
     figure, axes = grid(len(tasks))
     for row, (where, methods) in zip(axes, tasks.items(), strict=True):
         for axis, (title, ylabel, factor, keys) in zip(row, REASONS, strict=True):

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from eval import report
-from score import ROOT, Run, create, drive, open_run
+from score import ROOT, create, drive, open_run
 from study.methods import Config
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -44,13 +44,6 @@ def curve(folder: Path, keys, of: int) -> list[dict]:
     return [dict(phase=x[0]["phase"], step=at[-1]) | m for at, x in blocks if (m := mean(x, keys))]
 
 
-def measure(run: Run, job: "Job") -> dict:
-    """Return what the study keeps of a finished run: eval.py's report, and its curve."""
-    found = {key: x for key, x in report(run, job.split, job.n).items() if key != "examples"}
-    samples = curve(run.folder, ("acc_t1", "acc_t2", "changed"), of=5)
-    return found | dict(config=asdict(run.config), curve=samples)
-
-
 class Job(NamedTuple):
     """One run of a study, and on how many problems of which split it is measured."""
 
@@ -63,8 +56,8 @@ class Job(NamedTuple):
 
 
 def work(job: Job) -> dict:
-    """Train a run, or what is left of it, and return what was measured; of a finished one that.
-    ValueError if the folder holds a run of other settings."""
+    """Train a run, or what is left of it, and return eval.py's report, and the curve of training;
+    of a finished one what was measured. ValueError if the folder holds a run of other settings."""
     path, new, start = job.folder / "measured.json", not job.folder.exists(), time.monotonic()
     path.parent.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{job.folder}.txt", "a") as out, redirect_stdout(out):
@@ -76,7 +69,9 @@ def work(job: Job) -> dict:
             return json.loads(path.read_text())
         drive(run)
         found = dict(name=job.name, commit=job.commit, threads=torch.get_num_threads())
-        found |= measure(run, job)
+        found |= report(run, job.split, job.n) | dict(config=asdict(run.config))
+        found["curve"] = curve(run.folder, ("acc_t1", "acc_t2", "changed"), of=5)
+        del found["examples"]
     found["wall_seconds"] = round(time.monotonic() - start, 1) if new else None
     path.with_suffix(".part").write_text(json.dumps(found) + "\n")
     path.with_suffix(".part").replace(path)

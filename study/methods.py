@@ -71,27 +71,6 @@ def mistaken(reward_KB, c):
     return (advantage(return1_B, c.group), advantage2_B), weight_K
 
 
-# --- models that are not trained ------------------------------------------------------------------
-
-
-the_base = attrgetter("base")  # of a run
-
-
-def before(run: Run) -> GPT:
-    """Return the frozen policy as the phase before has left it; its file is read once a phase."""
-    name = run.phases[run.phase - 1].name
-    if getattr(run, "left", (None,))[0] != name:
-        run.left = name, left_by(run, name)
-    return run.left[1]
-
-
-def left_by(run: Run, name: str) -> GPT:
-    """Return the frozen policy that a phase has left."""
-    model = copy.deepcopy(run.base)
-    model.load_state_dict(load(run.folder / f"{name}.pt")["model"])
-    return model
-
-
 # --- sampled rows ---------------------------------------------------------------------------------
 
 
@@ -153,8 +132,7 @@ def paid_for(r: Rollout, reward_KB, advantage_B, G: int) -> dict:
 
 
 def norms(run: Run, r: Rollout, terms, paid_and_held) -> dict:
-    """Return the norm of the gradient of each attempt's terms, pay and KL, as if the other's were
-    none."""
+    """Return the norm of the gradient of each attempt's terms, pay and KL, without the other's."""
     found = {}
     for k in (1, 2):
         loss_B = loss(*terms, r.turn_BS * (r.turn_BS == k), *paid_and_held)
@@ -187,6 +165,18 @@ def rl_step(run: Run, stage, offline=0.0, collect=collect, update=rl_update) -> 
 
 
 # --- steps of imitation ---------------------------------------------------------------------------
+
+the_base = attrgetter("base")  # of a run: who writes the samples
+
+
+def before(run: Run) -> GPT:
+    """Return the frozen policy as the phase before has left it; its file is read once a phase."""
+    name = run.phases[run.phase - 1].name
+    if getattr(run, "left", (None,))[0] != name:
+        model = copy.deepcopy(run.base)
+        model.load_state_dict(load(run.folder / f"{name}.pt")["model"])
+        run.left = name, model
+    return run.left[1]
 
 
 def imitation_step(run, author, choose, collect=collect, update=sft_update) -> dict:

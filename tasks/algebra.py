@@ -52,8 +52,8 @@ class Worker:
     Any number of threads may ask. A fork gets its own (`worker`), as two could not share its pipes.
     """
 
-    def __init__(self):
-        self.lock, self.process, self.owner = threading.Lock(), None, os.getpid()
+    def __init__(self, owner: int):
+        self.lock, self.process, self.owner = threading.Lock(), None, owner
         atexit.register(self.close)
 
     def start(self) -> None:
@@ -96,9 +96,7 @@ class Worker:
         raise WorkerDied("sympy's process died twice")
 
 
-@functools.cache
-def worker(_pid: int) -> Worker:
-    return Worker()
+worker = functools.cache(Worker)  # of the process with this id
 
 
 # --- the worker -----------------------------------------------------------------------------------
@@ -143,7 +141,9 @@ def decide(what: str, x, y, half) -> bool:
         quotient = sympy.simplify(a / b)
         number = quotient.is_number and quotient.is_real and quotient.is_zero is False
         return bool(number and (what == "factor" or quotient.is_positive))
-    return a == b or (not refuted(a, b) and proven_zero(a - b))
+    if a == b or refuted(a, b):
+        return a == b
+    return (a - b).expand() == 0 or (a - b).equals(0) is True
 
 
 def build(x):
@@ -179,13 +179,6 @@ def refuted(a, b) -> bool:
             if abs(u - v) > max(abs(u), abs(v), sympy.Float("1e-30")) * sympy.Float("1e-20"):
                 return True
     return False
-
-
-def proven_zero(d) -> bool:
-    """Return whether sympy proves an expression zero."""
-    import sympy
-
-    return sympy.expand(d) == 0 or d.equals(0) is True
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@ r"""Is the answer of a completion right? Where it stands, and what counts as equ
 
 The answer is the last \boxed{}; without a box, what evaluation prompts want at the end of a text:
 "The answer is 5.", "Final answer: 5", "#### 5"; else the text must *be* an answer, or plain words
-round one formula: "The sum is $5$.". Nothing is searched for in prose. What the sources leave open
-is decided so:
+round one formula: "The sum is $5$.". Nothing is searched for in prose. What the sources leave open:
 
   boxes              the last one counts; another, different one in the same line: unparsed
   closing words      start a sentence; two that lead to different answers, or text behind: unparsed
@@ -188,15 +187,12 @@ def plain_text(text: str) -> str | None:
 def same_text(a: str, b: str) -> bool:
     r"""Return whether both are the same words. Case counts, but in \text{} or no variables."""
     x, y = plain_text(a), plain_text(b)
-    if x is None or y is None:
+    if x is None or y is None or x.lower() != y.lower():
         return False
-    words = len(x) > 1 and (r"\text" in a + b or not readable(x) or not readable(y))
-    return x == y or (words and x.lower() == y.lower())
-
-
-def readable(text: str) -> bool:
+    words = r"\text" in a + b
     try:
-        latex.parse(text)
+        for text in (x, y):
+            latex.parse(text)
     except Unreadable:
-        return False
-    return True
+        words = True
+    return x == y or (words and len(x) > 1)

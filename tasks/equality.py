@@ -16,6 +16,7 @@ from tasks.latex import Parser
 from tasks.nodes import add, are_numbers, has_symbol, is_equation, is_name, kind, mul, negative
 
 SURE_DIGITS = 12  # a decimal of so many significant digits stands for what it rounds
+MARKED = ("rel", "percent", "base", "unit")  # kinds that what has no such mark may equal
 
 
 def same(a: str, b: str, timeout: float = 2.0) -> bool:
@@ -78,9 +79,9 @@ def equal(x, y, deadline: float) -> bool:
     if x == y:
         return True
     kinds = kind(x), kind(y)
-    for mark, compare in MARKED.items():
+    for mark in MARKED:
         if mark in kinds:
-            return compare(x, y, deadline) if kinds[0] == mark else compare(y, x, deadline)
+            return marked(x, y, deadline) if kinds[0] == mark else marked(y, x, deadline)
     if set(kinds) <= {"list", "set"}:
         if not any(map(is_equation, x[1:])) or not any(map(is_equation, y[1:])):
             x, y = drop_names(x), drop_names(y)
@@ -94,32 +95,22 @@ def equal(x, y, deadline: float) -> bool:
     return algebra.ask("zero", x, y, deadline)
 
 
-def equal_relation(x, y, deadline) -> bool:
-    if kind(y) == "rel":
+def marked(x, y, deadline) -> bool:
+    """Return whether x, a node of the kinds MARKED, says what y does, with such a mark or not."""
+    mark, both = kind(x), kind(y) == kind(x)
+    if mark == "rel" and both:
         return same_relation(x, y, deadline)
-    value = value_of(x)
-    return value is not None and equal(value, y, deadline)
-
-
-def equal_percent(x, y, deadline) -> bool:
-    if kind(y) == "percent":
-        return equal(x[1], y[1], deadline)
-    hundredth = mul(x[1], Fraction(1, 100))
-    return kind(y) != "unit" and (equal(x[1], y, deadline) or equal(hundredth, y, deadline))
-
-
-def equal_base(x, y, deadline) -> bool:
-    """The digits are the answer: 12_3 may be written 12, never 5."""
-    return x[1].isdigit() and len(x[1]) < 1000 and y == Fraction(x[1])
-
-
-def equal_unit(x, y, deadline) -> bool:
-    if kind(y) == "unit":
-        return x[2] == y[2] and equal(x[1], y[1], deadline)
+    if mark == "rel":
+        value = value_of(x)
+        return value is not None and equal(value, y, deadline)
+    if mark == "base":  # the digits are the answer: 12_3 may be written 12, never 5
+        return x[1].isdigit() and len(x[1]) < 1000 and y == Fraction(x[1])
+    if both:  # of a unit, its name must not differ
+        return x[2:] == y[2:] and equal(x[1], y[1], deadline)
+    if mark == "percent":
+        values = (x[1], mul(x[1], Fraction(1, 100)))
+        return kind(y) != "unit" and any(equal(value, y, deadline) for value in values)
     return equal(x[1], y, deadline)
-
-
-MARKED = {"rel": equal_relation, "percent": equal_percent, "base": equal_base, "unit": equal_unit}
 
 
 def in_order(xs, ys, deadline) -> bool:

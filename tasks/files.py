@@ -108,8 +108,7 @@ def of_gsm8k(row: dict) -> tuple[Problem, str]:
 def of_humaneval(row: dict) -> tuple[Problem, str]:
     """HumanEval's prompt is the head of a function and its docstring; its solution goes on."""
     about = dict(entry_point=field(row, "entry_point"), prompt=field(row, "prompt"))
-    verifier = partial(programs.attempt, **about)
-    problem = Problem(row["prompt"], field(row, "test"), verifier)
+    problem = Problem(row["prompt"], field(row, "test"), partial(programs.attempt, **about))
     return problem, fenced(row["prompt"], row.get("canonical_solution"))
 
 

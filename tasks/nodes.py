@@ -86,10 +86,9 @@ def number(text: str) -> Fraction:
         whole, fixed, cycle = re.fullmatch(r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}", text).groups()
         nines = (10 ** len(cycle) - 1) * 10 ** len(fixed)
         return Fraction(f"{whole or 0}.{fixed or 0}") + Fraction(int(cycle), nines)
-    mantissa, _, exponent = text.lower().partition("e")
-    if abs(int(exponent or 0)) > 1000:
+    if abs(int(text.lower().partition("e")[2] or 0)) > 1000:
         raise Unreadable("an exponent above 1000")
-    return Fraction(mantissa) * Fraction(10) ** int(exponent or 0)
+    return Fraction(text)
 
 
 def bits(x: Fraction) -> int:

@@ -24,7 +24,9 @@ START = (  # of the guard: its path is ours only while it imports, so that no pr
     "import sys; sys.path.append(sys.argv[1]); from tasks import sandbox; sys.path.pop(); "
     "sandbox.guard(float(sys.argv[2]), sys.argv[3])"
 )
-FENCE = re.compile(r"[ \t]*(```+|~~~+)[ \t]*(\w*)[ \t]*")  # a whole line
+BLOCK = re.compile(  # mark, language, program; and the line that ends it, or nothing
+    r"^[ \t]*(```+|~~~+)[ \t]*(?:(\w+)[ \t]*)?\n(.*?)(^[ \t]*\1[ \t]*$|\Z)", re.M | re.S
+)
 
 
 def judge(source: str, tests: str, timeout: float, entry_point: str | None, prompt: str):
@@ -86,16 +88,9 @@ def code_of(answer: str) -> str:
     >>> code_of("Like this:\\n```python\\nx = 1\\n```\\nor not"), code_of("x = 1")
     ('x = 1\\n', 'x = 1')
     """
-    found, mark, language, lines = {}, None, "", []
-    for line in answer.replace("\r\n", "\n").split("\n"):
-        fence = FENCE.fullmatch(line)
-        if mark is None:
-            if fence:
-                mark, language, lines = fence[1], fence[2].lower(), []
-                language = "python" if language in ("py", "python3") else language
-        elif fence and fence[1] == mark and not fence[2]:
-            found[language] = textwrap.dedent("".join(f"{line}\n" for line in lines))
-            mark = None
-        else:
-            lines.append(line)
+    found = {}
+    for _, language, lines, end in BLOCK.findall(answer.replace("\r\n", "\n")):
+        if end:
+            name = "python" if language.lower() in ("py", "python3") else language.lower()
+            found[name] = textwrap.dedent(lines)
     return found.get("python", found.get("", answer))

@@ -15,13 +15,9 @@ it gets a process of its own, which has never held anything worth stealing:
   It keeps the deadline, kills and reaps all that is below it, removes the files, and only then
   tells the verdict. It never reads what a program wrote, so nothing can hold it up.
 * The candidate has no standard streams, hard limits (of memory for each process, not for all of
-  them), an empty directory, and the strongest isolation that the system grants. The verdict says:
-    namespaces    (Linux 5.12: root, or anybody where users may make them) its own processes,
-                  network and users; read-only system libraries and a tmpfs are all the files.
-    own user      (root otherwise) an own user id; what any user may reach is in reach.
-    process only  (else, and macOS, where moreover a process that leaves the session survives) it
-                  has the caller's rights: to files, to the network, and to kill the guard, which
-                  is then an "error".
+  them), an empty directory, and the strongest isolation that the system grants: `namespaces`,
+  `own_user` or `process_only`. The verdict names it; tasks/README.md says where each is granted,
+  and what a program still reaches.
 """
 
 import json

@@ -85,8 +85,7 @@ def tokens(text: str) -> list[tuple[str, str]]:
     r"""Return (kind, text) pairs; kinds: num, sym, cmd, unit, op, begin, end.
 
     Thousands are grouped here, as only here it is known whether a comma stands inside brackets,
-    where it separates: "1,234" is one number, "(1,234)" a pair, "1, 234" two numbers, "1,2,345"
-    three.
+    where it separates: "1,234" is one number, "(1,234)" a pair, "1, 234" two, "1,2,345" three.
     """
     if len(text) > MAX_CHARS:
         raise Unreadable(f"longer than {MAX_CHARS} characters")

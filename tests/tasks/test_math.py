@@ -476,8 +476,11 @@ def test_a_number_refutes_and_only_a_proof_accepts():
     assert algebra.refuted(*both("x^2", "x^2+10^{-15}"))
     assert not algebra.refuted(*both("(x+1)^2", "x^2+2x+1"))
     assert not algebra.refuted(*both(*SQRT6))
-    a, b = both(r"\frac{6\sqrt{1789-240\sqrt{21}}+8\sqrt{1236-240\sqrt{21}}}{5}", r"96-10\sqrt{21}")
-    assert algebra.proven_zero(a - b) and not algebra.proven_zero(a - b + 10**-30)
+    texts = r"\frac{6\sqrt{1789-240\sqrt{21}}+8\sqrt{1236-240\sqrt{21}}}{5}", r"96-10\sqrt{21}"
+    a, b = map(latex.parse, texts)
+    near = ("add", a, Fraction(1, 10**30))
+    assert algebra.decide("zero", a, b, None) and not algebra.decide("zero", near, b, None)
+    assert not algebra.refuted(*map(algebra.build, (near, b)))
 
 
 def test_a_killed_worker_is_replaced_and_an_idle_one_lives_on():
