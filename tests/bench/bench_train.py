@@ -5,12 +5,14 @@
 The toy's whole step of Stage II (256 rollouts of two attempts, four of each problem; graded, scored
 by policy and base, one update) in turns with the same step in TRL, ports/trl_port.py: the same
 weights at first, those of a base that has learned how long an answer is, and problems of the same
-kind, the KL from samples on both sides, as TRL has no other. Ours is timed compiled, too.
+kind, the KL from samples on both sides, as TRL has no other. Our two threads share the rows, as
+`python score.py` has them do; TRL's share each operation. Then both compiled: our blocks, with
+torch's threads, and TRL's model, by its own setting.
 
 Then the machine's limits, each in turns with what it bounds. What a model of 10M weights makes of
 the cores' arithmetic: an update of Stage II on 32 given rows of 128 tokens, its products counted,
 beside products of matrices of 2,048. What decoding one row at Qwen2.5-0.5B's shape makes of the
-memory: the time of a token, compiled and not, beside summing 1 GB, and each of the weights once.
+memory: the time of a token, beside summing 1 GB, and each of the weights once.
 """
 
 import argparse
@@ -31,7 +33,7 @@ from model import GPT
 from ports.tensors import k1_terms
 from ports.trl_port import make_trainer
 from rollout import make_rows, token_terms
-from scale import pretrained
+from scale import pretrained, threads
 from scale.memory import prepare
 from tests.bench import speed
 from tests.bench.bench_rollout import INSTRUCTION, SIZES, attempt
@@ -47,11 +49,14 @@ class Ours(TrainerCallback):
         self.steps, self.seconds = steps, {name: [] for name in steps}
 
     def on_step_begin(self, *_, **__):
-        for name, steps in self.steps.items():
+        threads = torch.get_num_threads()
+        for name, (own, steps) in self.steps.items():
+            torch.set_num_threads(own)
             start = time.perf_counter()
             with torch.enable_grad():
                 next(steps)
             self.seconds[name].append(time.perf_counter() - start)
+        torch.set_num_threads(threads)
 
 
 def k1_step(run: score.Run) -> dict:
@@ -61,8 +66,9 @@ def k1_step(run: score.Run) -> dict:
     return score.rl_update(run, r, reward_KB, *terms, score.stage2(reward_KB, run.config))
 
 
-def against_trl(batch: int, rounds: int, quick: bool) -> dict:
+def against_trl(batch: int, rounds: int, quick: bool, compiled: bool = False) -> dict:
     """Return the seconds of our steps and of TRL's, in turns, and our step's share in kernels."""
+    cores = torch.get_num_threads()
     sft_steps, rl = 2 if quick else 200, dict(control=0, stage1_steps=0, stage2_steps=10**6)
     c = score.Config(batch=batch, sft_steps=sft_steps, **rl)
     with tempfile.TemporaryDirectory() as place:
@@ -71,20 +77,23 @@ def against_trl(batch: int, rounds: int, quick: bool) -> dict:
         for _, _ in zip(range(sft_steps + 1), score.train(run), strict=False):
             pass  # the base, and one step of Stage II, which takes the base as the reference
         pretrained.save(run.base, Path(place) / "base")
-        steps = {"ours": score.train(copy.deepcopy(run))}
-        if not quick:
+        if compiled:
             prepare(run.policy, compile=True)
             prepare(run.base, compile=True)
-            steps["compiled"] = score.train(run)
+        else:
+            threads.share(run.policy, run.base)
+            torch.set_num_threads(cores)
+        steps = {"ours": (cores if compiled else 1, score.train(run))}
         n = batch // c.group * (rounds + 2)
         problems = run.task.draw(n, "train", np.random.default_rng(0))
         given = run.task, problems, c, score.stage2, rounds + 2
-        trainer = make_trainer(Path(place) / "base", *given, out=Path(place) / "out")
+        trainer = make_trainer(Path(place) / "base", *given, out=Path(place) / "out",
+                               torch_compile=compiled)  # fmt: skip
         ours = Ours(steps)
         trainer.callback_handler.callbacks.insert(0, ours)  # before TRL's clock starts
         trainer.train()
     seconds = ours.seconds | {"TRL": trainer.clock.seconds}
-    about = dict(kernels=in_kernels(lambda: next(steps["ours"]), 1 if quick else 3))
+    about = dict(kernels=in_kernels(lambda: next(steps["ours"][1]), 1 if quick else 3))
     # without what compilers and caches take at first
     return about | dict(seconds={name: times[2:] for name, times in seconds.items()})
 
@@ -120,15 +129,14 @@ def against_machine(size: str, rows: int, rounds: int) -> dict:
 def decoding(size: str, rounds: int, quick: bool) -> dict:
     """Return the seconds of attempts in a batch of 1, and of reading memory and weights once."""
     config, T, n, *_ = SIZES[size]
-    models, large = {"": prepare(GPT(config))}, torch.ones(250_000_000)
-    matrices = [w.detach() for w in models[""].parameters()]
-    if not quick:
-        models[", compiled"] = prepare(GPT(config), compile=True)
+    model, large = prepare(GPT(config)), torch.ones(250_000_000)
+    matrices = [w.detach() for w in model.parameters()]
     ids_1T = torch.randint(config.vocab_size, (1, T), generator=torch.Generator().manual_seed(0))
-    works = {"gigabyte": large.sum, "weights": lambda: [w.sum() for w in matrices]}
-    for option, model in models.items():
-        works["long" + option] = lambda model=model: attempt(model, ids_1T, n + 1, 1.0)
-        works["short" + option] = lambda model=model: attempt(model, ids_1T, 1, 1.0)
+    works = {
+        "gigabyte": large.sum, "weights": lambda: [w.sum() for w in matrices],
+        "long": lambda: attempt(model, ids_1T, n + 1, 1.0),
+        "short": lambda: attempt(model, ids_1T, 1, 1.0),
+    }  # fmt: skip
     return dict(
         seconds=in_turns(works, rounds), tokens=n, read=4 * sum(w.numel() for w in matrices),
         kernels=in_kernels(works["long"], 1 if quick else 3),
@@ -142,6 +150,7 @@ def main(argv: list[str]) -> int:
     keep_memory()
     found = about() | dict(
         toy=against_trl(8 if quick else 256, 1 if quick else 15, quick),
+        compiled=None if quick else against_trl(256, 15, quick, compiled=True),
         large=against_machine("toy" if quick else "10M", 32, 1 if quick else 5),
         decode=decoding("toy" if quick else "0.5B", 1 if quick else 15, quick),
     )  # fmt: skip

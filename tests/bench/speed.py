@@ -1,27 +1,23 @@
 """How fast is it? The tables of tests/bench/README.md, from the files that the benchmarks wrote.
 
     python tests/bench/speed.py
+    python tests/bench/speed.py --measure              # all of them first: half an hour
 
 A sampler's aim is met if either ratio reaches it, with or without torch.compile.
 """
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from tests.bench.timing import RESULTS
+from tests.bench.timing import RESULTS, spread
 
-AIMS = {("toy", "512"): 5.0, ("toy", "8"): 2.0, "0.5B": 1.0, "0.5B episodes": 1.3, "step": 3.0,
+AIMS = {("toy", "512"): 2.0, ("toy", "8"): 2.0, "0.5B": 1.0, "0.5B episodes": 1.3, "step": 2.5,
         "decode": 70, "train": 50}  # fmt: skip
-
-
-def spread(values: list[float], digits: int = 0) -> str:
-    """Return the median and, in brackets, the least and the most."""
-    middle, low, high = (f"{f(values):,.{digits}f}" for f in (median, min, max))
-    return f"{middle} ({low} to {high})"
 
 
 def faster(seconds: dict, *names: str) -> list[float]:
@@ -86,36 +82,34 @@ def episodes(sizes: dict) -> list[str]:
     return lines
 
 
-def decode(found: dict, option: str) -> tuple[list[float], list[float]]:
-    """Return the seconds of a token in a batch of 1 (option: "" or ", compiled"), and of reading
-    the weights once at the bandwidth measured beside it."""
-    seconds = found["seconds"]
-    pairs = zip(seconds["long" + option], seconds["short" + option], strict=True)
-    once = [found["read"] / 1e9 * x for x in seconds["gigabyte"]]
+def decode(found: dict) -> tuple[list[float], list[float]]:
+    """Return the seconds of a token in a batch of 1, and of reading the weights once at the
+    bandwidth measured beside it."""
+    pairs = zip(found["seconds"]["long"], found["seconds"]["short"], strict=True)
+    once = [found["read"] / 1e9 * x for x in found["seconds"]["gigabyte"]]
     return [(long - short) / found["tokens"] for long, short in pairs], once
 
 
 def steps(train: dict) -> list[str]:
     """Return the table of training steps and of the machine's limits."""
     lines = head("ours", "compared with", "ratio or share", "aim")
-    toy, large = train["toy"]["seconds"], train["large"]
-    options = ("", ", compiled") if "compiled" in toy else ("",)
+    large = train["large"]
+    options = ("", ", compiled") if train["compiled"] else ("",)
     for option in options:
-        ours = toy["compiled" if option else "ours"]
-        value = ratio(ours, toy["TRL"])
+        seconds = train["compiled" if option else "toy"]["seconds"]
+        value = ratio(seconds["ours"], seconds["TRL"])
         lines.append(row(
-            f"SCoRe's step, toy{option}, ms; with TRL's",
-            *(spread([1000 * x for x in xs]) for xs in (ours, toy["TRL"])),
-            f"{value:.2f} ×", verdict(value, None if option else AIMS["step"], " ×"),
+            f"SCoRe's step, toy{option}, ms; with TRL's{option}",
+            *(spread([1000 * x for x in seconds[name]]) for name in ("ours", "TRL")),
+            f"{value:.2f} ×", verdict(value, AIMS["step"], " ×"),
         ))  # fmt: skip
-    for option in options:
-        token, once = decode(train["decode"], option)
-        share = 100 * median(once) / median(token)
-        lines.append(row(
-            f"a token, 0.5B, 1 row{option}, ms; with reading the weights once",
-            *(spread([1000 * x for x in xs]) for xs in (token, once)),
-            f"{share:.0f} %", verdict(share, AIMS["decode"], " %"),
-        ))  # fmt: skip
+    token, once = decode(train["decode"])
+    share = 100 * median(once) / median(token)
+    lines.append(row(
+        "a token, 0.5B, 1 row, ms; with reading the weights once",
+        *(spread([1000 * x for x in xs]) for xs in (token, once)),
+        f"{share:.0f} %", verdict(share, AIMS["decode"], " %"),
+    ))  # fmt: skip
     flops = [large["flop"] / x / 1e9 for x in large["seconds"]["step"]]
     most = [2 * 2048**3 / x / 1e9 for x in large["seconds"]["multiply"]]
     share = 100 * median(flops) / median(most)
@@ -151,11 +145,15 @@ def bounds(sizes: dict, train: dict) -> str:
 
 def tables() -> str:
     """Return the tables, what bounds the misses, and where all this was measured."""
-    rollout, train = (
-        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("rollout", "train")
+    from tests.bench import bench_busy  # which itself needs this module
+
+    rollout, train, busy = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("rollout", "train", "busy")
     )
-    commits = " and ".join(sorted({rollout["commit"], train["commit"]}))
+    commits = " and ".join(sorted({rollout["commit"], train["commit"], busy["commit"]}))
     return "\n".join([
+        "A step, ms, and the share of the machine's products that it reaches when quiet:", "",
+        bench_busy.table(busy), "",
         "Tokens a second:", "", *tokens(rollout["sizes"]), "",
         "Episodes a second (two attempts, 4 of each problem; not compiled):", "",
         *episodes(rollout["sizes"]), "", "Steps and limits:", "", *steps(train), "",
@@ -166,4 +164,6 @@ def tables() -> str:
 
 
 if __name__ == "__main__":
+    for name in ("busy", "train", "rollout", "cost") if sys.argv[1:] == ["--measure"] else ():
+        subprocess.run([sys.executable, Path(__file__).parent / f"bench_{name}.py"], check=True)
     print(tables())

@@ -47,6 +47,12 @@ def in_turns(works: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
+def spread(values: list[float], digits: int = 0) -> str:
+    """Return the median and, in brackets, the least and the most."""
+    middle, low, high = (f"{f(values):,.{digits}f}" for f in (statistics.median, min, max))
+    return f"{middle} ({low} to {high})"
+
+
 def in_kernels(work: Callable, pairs: int) -> float:
     """Return the share of a work's time that matrix products and attention take: their seconds, as
     the profiler counts them, of the seconds without a profiler; the median of so many pairs."""
