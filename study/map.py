@@ -5,7 +5,6 @@ levels of that, and for some of how often it spoils a right one, each seed's bas
 and all methods start from it. Runs are done, kept and resumed as those of `python -m study`.
 
     python -m study.map            # both tasks, five seeds
-    python -m study.map --quick    # signs, two seeds, three levels, two methods
     python -m study.map --table study/results/map.json    # its tables and figures again
 """
 
@@ -18,19 +17,19 @@ import numpy as np
 
 from score import parse
 from study import figures
-from study.measure import Job, command, curve, jobs, mean, run_all
+from study.measure import Job, command, curve, jobs, run_all
 from study.methods import EACH, KEYS, KINDS, Config
 from study.tables import TITLES, markdown, values
 
 METHODS = ("multi_turn", "score", "no_stage1", "no_bonus", "pair_sft")
 PAIR, SEEDS, TASKS = METHODS[:2], (0, 1, 2, 3, 4), ("signs", "addition")
-RIGHTS, QUICK = (0.002, 0.005, 0.01, 0.03, 0.1, 0.3), (0.002, 0.01, 0.1)
+RIGHTS = (0.002, 0.005, 0.01, 0.03, 0.1, 0.3)  # shares of right revisions: the levels
 CARELESS, AT = (0.1, 0.3), 0.01  # the second map: of PAIR on TASKS[0], with AT right ones
 OWN = ("right_revisions", "careless")  # settings that make a level
 METRICS = ("acc_t1", "acc_t2", "delta", "delta_c_to_i", "changed")
 RATES = ("repair_rate", "spoil_rate")  # of the base, sampled
 MORE = 2.5  # times as many problems are they measured on
-REASONS, FIRST = (("multi_turn", "multi_turn"), ("score", "stage1")), 30  # phases compared; steps
+REASONS = ("multi_turn", "multi_turn"), ("score", "stage1")  # names and phases compared
 
 # --- runs -----------------------------------------------------------------------------------------
 
@@ -61,19 +60,17 @@ def collect(args, words: list[str]) -> tuple[Path, dict]:
     bases, rest, runs = [], [], args.runs or Path("runs/map")
     if any(word.startswith(("--right-revisions", "--careless")) for word in words):
         raise ValueError("--right-revisions and --careless make the levels: give neither")
-    for task in dict.fromkeys(args.task or TASKS[: 1 if args.quick else None]):
-        c, seeds = parse([*words, "--task", task], Config)[1], SEEDS[: 2 if args.quick else None]
+    for task in dict.fromkeys(args.task or TASKS):
+        c = parse([*words, "--task", task], Config)[1]
         levels = [level(task, right, 0.0, METHODS) for right in RIGHTS]
         levels += [level(task, AT, x, PAIR) for x in CARELESS if task == TASKS[0]]
-        if args.quick:
-            levels = [level(task, right, 0.0, PAIR) for right in QUICK]
-        found, n = jobs(c, levels, args.seeds or seeds, runs, "test"), int(MORE * c.eval_n)
+        found, n = jobs(c, levels, args.seeds or SEEDS, runs, "test"), int(MORE * c.eval_n)
         for job in found[0]:
             bases.append(job._replace(n=n, config=replace(job.config, eval_n=n)))
         rest += found[1]
     measured = run_all((bases, rest), args.workers)
     found = [short(job, run) for job, run in zip(bases + rest, measured, strict=True)]
-    kind = "quick-" if args.quick else "part-" if args.seeds or args.task else ""
+    kind = "part-" if args.seeds or args.task else ""
     path = runs / f"{kind}results" / "map.json"
     return path, dict(options=" ".join(words), runs=found)
 
@@ -123,18 +120,6 @@ def reasons(group: dict) -> dict[str, list[list[dict]]]:
             for name, phase in REASONS}  # fmt: skip
 
 
-def reasons_table(levels: dict) -> str:
-    """Return the means over the first steps and all seeds at each level."""
-    rows = []
-    for level, group in levels.items():
-        for phase, curves in reasons(group).items():
-            m = mean([row for rows in curves for row in rows if row["step"] <= FIRST], KEYS)
-            cells = (f"{m[key]:.3f}" if key in m else "" for key in KEYS)
-            rows.append([f"{level:g}", TITLES[phase], *cells])
-    titles = " | ".join(("right revisions", "", *KEYS)).replace("_", ", ")
-    return markdown(f"| {titles} |", rows)
-
-
 def text(data: dict) -> str:
     """Return what was run, and all tables, as Markdown."""
     runs, about = data["runs"], f"options: {data['options'] or 'none'}"
@@ -144,8 +129,6 @@ def text(data: dict) -> str:
     for spoils, rate in enumerate(("repairs", "spoils")):
         for task, levels in by_level(runs, spoils).items():
             parts += [f"## {task}: how often the base {rate}", table(levels, spoils)]
-    for task, levels in by_level(runs, False).items():
-        parts += [f"## {task}: the first {FIRST} steps", reasons_table(levels)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -160,8 +143,7 @@ def draw(data: dict, folder: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """Make the map, or go on with it; return the exit status."""
-    kinds, task = {"--quick": "signs, two seeds, three levels"}, {"--task": dict(nargs="+")}
-    return command(argv, "study.map", kinds, task, collect, text, draw)
+    return command(argv, "study.map", {}, {"--task": dict(nargs="+")}, collect, text, draw)
 
 
 if __name__ == "__main__":
