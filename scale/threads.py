@@ -1,10 +1,10 @@
 """How do two cores share a small model? Each has half of the rows, through all layers and back.
 
 torch's own threads share every operation, and wait for each other at its end, hundreds of times a
-step. A toy gains little by that; and beside another program, which takes one of the cores for some
-milliseconds at a time, a step takes five times as long. Here threads meet twice a step. Gradients
-of the parts are added in their order: rounded otherwise than one thread's, but the same to the bit
-whenever there are as many threads. Sampling, which reads a token at a time, has one thread.
+step. A toy gains little by that, and where another program takes one of the cores now and then, it
+loses much. Here threads meet twice a step. Gradients of the parts are added in their order: rounded
+otherwise than one thread's, but the same to the bit whenever there are as many threads. Sampling,
+which reads a token at a time, has one thread.
 
     python score.py --threads 2 --run runs/two-threads
 

@@ -93,6 +93,7 @@ def against_trl(batch: int, rounds: int, quick: bool, compiled: bool = False) ->
         trainer.callback_handler.callbacks.insert(0, ours)  # before TRL's clock starts
         trainer.train()
     seconds = ours.seconds | {"TRL": trainer.clock.seconds}
+    run.policy.threads = run.base.threads = 1  # the profiler sees this thread alone
     about = dict(kernels=in_kernels(lambda: next(steps["ours"][1]), 1 if quick else 3))
     # without what compilers and caches take at first
     return about | dict(seconds={name: times[2:] for name, times in seconds.items()})
