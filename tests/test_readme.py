@@ -21,7 +21,7 @@ import verify
 from ports import one_row
 from scale import train
 from study import figures, tables
-from tests.bench import bench_memory, bench_rollout, bench_verify, speed
+from tests.bench import bench_busy, bench_memory, bench_rollout, bench_verify, speed
 from tests.scale import tiny
 from tests.scale.test_problems import GSM8K, MBPP
 from tests.truth import ROOT
@@ -38,8 +38,7 @@ PRESET = " --batch 8 --group 2 --stage1-steps 1 --stage2-steps 1 --max-new 4 --e
 SMALLER = {  # more options of programs that are not made small by their settings
     "study": ["--seeds", "0", "--only", "score"], "study.map": ["--seeds", "0", "--task", "signs"],
     "tests/bench/bench_memory.py": ["--quick"],
-    "tests/bench/bench_rollout.py": ["--quick", "--sizes", "toy"],
-    "tests/bench/bench_train.py": ["--quick"], "tests/bench/bench_cost.py": ["--quick"],
+    "tests/bench/speed.py": ["--quick"],
     "tests/bench/bench_verify.py": ["--only", "prose"],
 }  # fmt: skip
 FILES = {"train.jsonl": GSM8K, "test.jsonl": GSM8K[:4], "mbpp.jsonl": MBPP}
@@ -256,7 +255,14 @@ def test_the_benchmarks_are_whole_and_as_good_as_asked():
     for size, (*_, batches, rounds) in bench_rollout.SIZES.items():
         assert list(sizes[size]["turns"]) == list(map(str, batches))
         assert {len(x) for part in sizes[size]["turns"].values() for x in part.values()} == {rounds}
-    assert {len(x) for x in found("tests/results/train.json")["toy"]["seconds"].values()} == {15}
+    train = found("tests/results/train.json")
+    parts = [x for part in ("toy", "compiled") for x in train[part]["seconds"].values()]
+    assert {len(x) for x in parts} == {15}
+    busy = found("tests/results/busy.json")["seconds"]
+    assert list(busy) == [str(x) for x in bench_busy.LOADS]
+    for seconds in busy.values():
+        assert list(seconds) == list(bench_busy.TIMES)
+        assert {len(x) for y in seconds.values() for x in y.values()} == {bench_busy.ROUNDS}
     assert found("tests/results/memory.json")["runs"]["chunks"]["ratio"] < 1.3
     verifiers = found("tests/results/verify.json")
     lines = bench_verify.table(verifiers).replace("| `program` ", "").splitlines()

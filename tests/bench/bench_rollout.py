@@ -154,11 +154,13 @@ def measure(size: str, quick: bool) -> dict:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES, help="(all)")
-    parser.add_argument("--quick", action="store_true", help="four rows, once, not compiled")
+    parser.add_argument(
+        "--quick", action="store_true", help="the first size, four rows, once"
+    )
     args = parser.parse_args(argv)
     keep_memory()
     found = about() | dict(sizes={})
-    for size in args.sizes:
+    for size in args.sizes[: 1 if args.quick else None]:
         found["sizes"][size] = part = measure(size, args.quick)
         print("\n".join(speed.tokens({size: part}) + speed.episodes({size: part})), flush=True)
     write(found, "rollout.json", part=bool(argv))

@@ -164,6 +164,7 @@ def tables() -> str:
 
 
 if __name__ == "__main__":
-    for name in ("busy", "train", "rollout", "cost") if sys.argv[1:] == ["--measure"] else ():
-        subprocess.run([sys.executable, Path(__file__).parent / f"bench_{name}.py"], check=True)
+    for name in ("busy", "train", "rollout", "cost") if "--measure" in sys.argv else ():
+        words = [sys.executable, Path(__file__).parent / f"bench_{name}.py"]
+        subprocess.run(words + ["--quick"] * ("--quick" in sys.argv), check=True)
     print(tables())
