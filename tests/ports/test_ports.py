@@ -30,7 +30,7 @@ def load(name):
     """Return a port, or skip the test where its library is not installed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pytest.importorskip(PORTS[name][0])
+        pytest.importorskip(PORTS.get(name, ["numpy"])[0])
         return importlib.import_module(f"ports.{name}")
 
 
@@ -44,28 +44,71 @@ def test_a_port_passes_check_port(name):
     assert there == {x for x in check_port.ORDER if re.fullmatch(quantities, x)}
 
 
+WRONG = {  # the port, its line, the mistake, and the quantity that differs first
+    "hf_port": [
+        ("(r1_B, r2_B + c", "(r1_B - c['alpha'] * r1_B, r2_B + c", "stage2_token_advantage"),
+        ("ref_logp_BSV)).sum(-1)", "ref_logp_BSV)).sum(-1).detach()", "stage1_exact_gradient"),
+        ("[1] * len(y1)", "[0] + [1] * (len(y1) - 1)", "turn"),
+        ("x.div(temperature)", "x", "stage1_exact_gradient"),
+        ('(c["beta1"] + c["beta2"], ', '(c["beta2"], ', "stage1_token_kl_weight"),
+        ("x1 + y1 + instruction + y2", "x1 + instruction + y1 + y2", "ids"),
+        ("logp_BSV.exp() *", "ref_logp_BSV.exp() *", "stage1_exact_gradient"),
+        ("(advantage_BS - later_BS)", "advantage_BS", "stage1_exact_gradient"),
+        ("(G - 1)", "G", "stage1_token_advantage"),
+    ],
+    "numpy_port": [
+        ("{1: reward1_B,", "{1: reward1_B - case['alpha'] * reward1_B,", "stage2_return1"),
+        ("p_BSV * (ratio_BSV - exact_BS[..., None])", "0 * p_BSV", "stage1_exact_gradient"),
+        ("(y1, 1),", "(y1[:1], 0), (y1[1:], 1),", "turn"),
+        ("logits / temperature", "logits", "logp"),
+    ],
+    "jax_port": [
+        ("nothing_B, reward1_B)", "nothing_B, reward1_B - alpha * reward1_B)",
+         "stage2_token_advantage"),
+        ("(jnp.exp(logp_BSV) * ratio_BSV)", "stop_gradient(jnp.exp(logp_BSV) * ratio_BSV)",
+         "stage1_exact_gradient"),
+        ("score_tensors(turn_BS, *rewards, G, stage, *s",
+         "score_tensors(jnp.roll(turn_BS, 1, 1), *rewards, G, stage, *s", "stage1_token_advantage"),
+        ("softmax(logits_BSV / temperature)", "softmax(logits_BSV)", "stage1_exact_loss"),
+    ],
+    "trl_port": [
+        ("self.stage(self.reward_B2.T, ",
+         "self.stage(self.reward_B2.T * torch.tensor([[-2.0], [1]]), ", "stage2_k1_grad_norm"),
+        ('fold(inputs["advantages"], inputs["kl_weight"], *terms)', 'inputs["advantages"]',
+         "stage1_k1_grad_norm"),
+        ("[[1] * len(y1)", "[[0] + [1] * (len(y1) - 1)", "stage1_k1_grad_norm"),
+        ("temperature=c.temperature,", "temperature=1.0,", "stage1_k1_grad_norm"),
+    ],
+    "verl_port": [
+        ("torch.stack(rewards)", "torch.stack([rewards[0] * (1 - c.alpha), rewards[1]])",
+         "stage2_k1_gradient"),
+        ("fold(advantage_BS, weight_BS, *terms)", "advantage_BS", "stage1_k1_gradient"),
+        ('mask_BS = batch["response_mask"].long()',
+         'mask_BS = torch.nn.functional.pad(batch["response_mask"].long(), (1, -1))',
+         "stage1_k1_gradient"),
+        ('x_BSV, case["temperature"])', "x_BSV, 1.0)", "stage1_k1_gradient"),
+    ],
+}  # fmt: skip
+
+
 @quiet
 @pytest.mark.parametrize(
-    ("right", "wrong", "quantity"),
-    [("(r1_B, r2_B + c", "(r1_B - c['alpha'] * r1_B, r2_B + c", "stage2_token_advantage"),
-     ('(c["beta1"] + c["beta2"], ', '(c["beta2"], ', "stage1_token_kl_weight"),
-     ("x1 + y1 + instruction + y2", "x1 + instruction + y1 + y2", "ids"),
-     ("[1] * len(y1)", "[0] + [1] * (len(y1) - 1)", "turn"),
-     ("x.div(temperature)", "x", "stage1_exact_gradient"),
-     ("logp_BSV.exp() *", "ref_logp_BSV.exp() *", "stage1_exact_gradient"),
-     ("ref_logp_BSV)).sum(-1)", "ref_logp_BSV)).sum(-1).detach()", "stage1_exact_gradient"),
-     ("(advantage_BS - later_BS)", "advantage_BS", "stage1_exact_gradient"),
-     ("(G - 1)", "G", "stage1_token_advantage")],
-)  # fmt: skip
-def test_a_wrong_loop_of_ones_own_fails_at_its_quantity(right, wrong, quantity):
-    """Its first difference, in the order of the checker."""
-    port = load("hf_port")
+    ("name", "right", "wrong", "quantity"), [(name, *row) for name in WRONG for row in WRONG[name]]
+)
+def test_a_wrong_port_fails_at_its_quantity(name, right, wrong, quantity):
+    """Its first difference, in the order of the checker. The first four mistakes of each port: a
+    bonus in turn 1, a KL without its gradient, a mask a token late, no temperature."""
+    port, dtype = load(name), PORTS.get(name, ["numpy", "float64"])[1]
     source = inspect.getsource(port)
     assert source.count(right) == 1
-    names = {"__name__": "wrong"}
-    exec(source.replace(right, wrong), names)
-    found = check_port.check(names["results"](), CASES)
-    assert check_port.first_difference(found, check_port.TOLERANCE["float32"])[0] == quantity
+    names = {"__name__": "wrong", "__file__": port.__file__}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(source.replace(right, wrong), names)
+        found = check_port.check(names["results"](), CASES)
+    if name == "verl_port":
+        importlib.reload(port)  # which gives verl the right estimator again
+    assert check_port.first_difference(found, check_port.TOLERANCE[dtype])[0] == quantity
 
 
 @quiet
