@@ -10,9 +10,9 @@ The KL is folded into the advantages, which has the gradient of `tensors.k1_term
     python ports/verl_port.py results.json     # its gradient in two golden cases
     python ports/check_port.py results.json
 
-That tries the settings, verl's `compute_advantage`, "gpg" and `agg_loss`. Not tried: its trainer,
-an agent loop with the second turn, a reward loop that writes two rewards, several GPUs. verl needs
-transformers before 5.11, and so an environment of its own.
+That tries the settings, verl's `compute_advantage`, "gpg" and `agg_loss`. verl_score.py has the
+second turn, both rewards, and the commands. verl needs transformers before 5.11, and so an
+environment of its own.
 
 Dimension key: B rows (rollouts), G rows of each problem, in any order; S tokens of a response.
 """
@@ -56,7 +56,8 @@ def score_advantage(batch, index, config, **_):
     mask_BS = batch["response_mask"].long()
     starts_BS = mask_BS.diff(dim=1, prepend=0 * mask_BS[:, :1]) > 0
     turn_BS = starts_BS.cumsum(dim=1) * mask_BS
-    rewards = [(batch["token_level_scores"] * (turn_BS == k)).sum(dim=1) for k in (1, 2)]
+    scores_BS = batch["token_level_scores"]
+    rewards = [scores_BS.where(turn_BS == k, 0).sum(dim=1) for k in (1, 2)]
 
     _, group, sizes = np.unique(index, return_inverse=True, return_counts=True)
     if sizes.min() < sizes.max():

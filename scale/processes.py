@@ -63,12 +63,37 @@ def all_gather(x: list) -> list:
 
 
 def on_main(do: Callable, *words):
-    """Let the main process do something; return in all what it returns. If it fails, it ends, and
-    torchrun ends those that wait."""
+    """Let the main process do something; return in all what it returns. If it fails, all end."""
     return all_gather([do(*words)] if rank() == 0 else [])[0]
 
 
 # --- weights --------------------------------------------------------------------------------------
+
+
+def needs(policy, base, n: int, rows: int, tokens: int) -> dict[str, float]:
+    """Return the GiB that each of n processes needs at least: its part of weights, gradient and two
+    moments; the base; a copy of the policy, like it; their cache, or the float32 that it is of."""
+    c, width = policy.config, base.head.weight.itemsize
+    whole, frozen = (sum(x.nbytes for x in gpt.parameters()) for gpt in (policy, base))
+    cache = 2 * c.n_layer * c.n_kv_head * c.head_size * width * rows * tokens
+    last = max(cache, whole * (width < 4))
+    found = dict(part=4 * whole / n, base=frozen, copy=frozen, cache=last)
+    return {name: round(x / 2**30, 3) for name, x in found.items()}
+
+
+def check_memory(run: score.Run) -> None:
+    """Say what a process needs; ValueError if its GPU, or its share of the host, has less."""
+    c, n, path = run.config, world_size(), Path("/proc/meminfo")
+    rows, tokens = c.batch // n, 2 * run.task.max_new + len(run.task.instruction)
+    found = needs(run.policy, run.base, n, min(getattr(c, "sample_batch", 0) or rows, rows), tokens)
+    kib = path.read_text().split("MemAvailable:")[1].split()[0] if path.exists() else "inf"
+    free = found["base"] + float(kib) / 2**20 / int(os.environ.get("LOCAL_WORLD_SIZE", n))
+    free = torch.cuda.mem_get_info()[0] / 2**30 if c.device == "cuda" else free
+    least, most = min(all_gather([free])), sum(found.values())
+    line = f"GiB that each of {n} processes needs: {found}, in all {most:.3f}; free: {least:.3f}"
+    if most > least:
+        raise ValueError(line)
+    on_main(print, line)
 
 
 def shard(run: score.Run) -> score.Run:
@@ -79,6 +104,7 @@ def shard(run: score.Run) -> score.Run:
     """
     if world_size() == 1:
         return run
+    check_memory(run)
     mesh = dist.init_device_mesh(run.config.device, (world_size(),))
     for block in run.policy.blocks:
         fully_shard(block, mesh=mesh)
@@ -107,8 +133,8 @@ def part(x: torch.Tensor, weight: DTensor) -> torch.Tensor:
 
 
 def gathered(x, device: str | None = None):
-    """Return a tensor of which each process has a part as a whole one, on a device (None: where the
-    part is); of dicts and tuples all that are in them; anything else as it is."""
+    """Return a tensor of parts as a whole one, on a device (None: where the part is); of dicts and
+    tuples all that are in them; anything else as it is."""
     if isinstance(x, DTensor):
         return x.full_tensor().to(device)
     if isinstance(x, dict):

@@ -18,7 +18,7 @@ import torch
 import rollout
 import score
 import verify
-from ports import one_row
+from ports import engines, one_row
 from scale import train
 from study import figures, tables
 from tests.bench import bench_busy, bench_memory, bench_rollout, bench_verify, speed
@@ -57,7 +57,7 @@ def seeds() -> str:
 
 TABLES = {
     "study: seeds": seeds, "tests/bench/speed.py": speed.tables,
-    "ports/one_row.py": lambda: one_row.table("stage2"),
+    "ports/one_row.py": lambda: one_row.table("stage2"), "ports/engines.py": engines.table,
     "tests/bench/bench_memory.py": lambda: bench_memory.table(found("tests/results/memory.json")),
 }  # fmt: skip
 

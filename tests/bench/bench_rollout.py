@@ -154,9 +154,7 @@ def measure(size: str, quick: bool) -> dict:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES, help="(all)")
-    parser.add_argument(
-        "--quick", action="store_true", help="the first size, four rows, once"
-    )
+    parser.add_argument("--quick", action="store_true", help="the first size, four rows, once")
     args = parser.parse_args(argv)
     keep_memory()
     found = about() | dict(sizes={})

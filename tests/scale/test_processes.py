@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,9 +11,11 @@ import time
 from functools import partial
 
 import pytest
+import torch
 
 import score
-from scale import processes, train
+from model import Cache
+from scale import processes, steps, train
 from tests.scale import wide
 from tests.truth import ROOT
 
@@ -106,6 +109,40 @@ def test_what_two_processes_cannot_do_is_said_once(tmp_path, capfd, settings, wo
     assert not out and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_memory_told_is_that_of_a_real_copy_cache_and_optimizer(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(processes, "round", lambda x, _: x * 2**30, raising=False)  # bytes
+    run = train.new_run(train.Config(dtype=dtype, d_model=128, d_ff=96), tmp_path)
+    ids = torch.zeros(900, 1, dtype=torch.long)
+    copy = steps.frozen(run.policy, dict(run.policy.state_dict()), run.config)
+    copy.hidden(ids, cache := Cache(copy, 900, 15))
+    run.policy(ids).sum().backward()
+    run.optimizer.step()
+    moments = [x for state in run.optimizer.state.values() for x in state.values() if x.dim()]
+    trained = [*run.policy.parameters(), *(x.grad for x in run.policy.parameters()), *moments]
+    found = processes.needs(run.policy, run.base, 4, 900, 15)
+    held = (trained, [*copy.parameters()], [*copy.parameters()], cache.k + cache.v)
+    part, *others = (sum(x.nbytes for x in tensors) for tensors in held)
+    assert list(found.values()) == [part / 4, *others]
+    whole = sum(x.nbytes for x in run.policy.parameters())  # gathered, before it is rounded
+    assert processes.needs(run.policy, run.base, 4, 1, 1)["cache"] < whole or dtype == "bfloat16"
+
+
+def test_what_does_not_fit_is_refused_before_a_step(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(10**9))  # of a machine that many share
+    small = {key: x for key, x in wide.SMALL.items() if key != "iterations"}
+    small |= dict(d_model=256, eval_n=2, sft_steps=1, stage1_steps=1, stage2_steps=1)
+    argv = ["--run", str(tmp_path / "run")]
+    argv += [word for key, x in small.items() for word in (f"--{key.replace('_', '-')}", str(x))]
+    assert in_two(train.main, argv)[0] == 2
+    error = capfd.readouterr().err
+    numbers = r"'part': ([\d.]+), 'base': ([\d.]+), 'copy': ([\d.]+), 'cache': ([\d.]+)}"
+    line = rf"GiB that each of 2 processes needs: {{{numbers}, in all ([\d.]+); free: ([\d.]+)\n"
+    *parts, total, free = map(float, re.fullmatch(f"scale.train: error: {line}", error).groups())
+    assert total == pytest.approx(sum(parts)) and free == parts[1] < total
+    assert not (tmp_path / "run/log.jsonl").exists()
+
+
 def test_torchrun_trains_and_shows_its_table_once(tmp_path):
     command = "torch.distributed.run --standalone --nproc-per-node 2 -m -- scale.train"
     settings = {key: x for key, x in wide.SMALL.items() if key != "iterations"} | dict(sft_steps=1)
@@ -115,5 +152,6 @@ def test_torchrun_trains_and_shows_its_table_once(tmp_path):
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| SCoRe |") == 1
+    assert done.stdout.count("GiB that each of 2 processes needs: ") == 1
     assert sum(line.startswith("    stage1") for line in done.stdout.splitlines()) == 2
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 6
