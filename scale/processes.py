@@ -74,10 +74,9 @@ def needs(policy, base, n: int, rows: int, tokens: int) -> dict[str, float]:
     """Return the GiB that each of n processes needs at least: its part of weights, gradient and two
     moments; the base; a copy of the policy, like it; their cache, or the float32 that it is of."""
     c, width = policy.config, base.head.weight.itemsize
-    whole, frozen = (sum(x.nbytes for x in gpt.parameters()) for gpt in (policy, base))
+    whole, kept = (sum(x.nbytes for x in gpt.parameters()) for gpt in (policy, base))
     cache = 2 * c.n_layer * c.n_kv_head * c.head_size * width * rows * tokens
-    last = max(cache, whole * (width < 4))
-    found = dict(part=4 * whole / n, base=frozen, copy=frozen, cache=last)
+    found = dict(part=4 * whole / n, base=kept, copy=kept, cache=max(cache, whole * (width < 4)))
     return {name: round(x / 2**30, 3) for name, x in found.items()}
 
 
@@ -89,9 +88,9 @@ def check_memory(run: score.Run) -> None:
     kib = path.read_text().split("MemAvailable:")[1].split()[0] if path.exists() else "inf"
     free = found["base"] + float(kib) / 2**20 / int(os.environ.get("LOCAL_WORLD_SIZE", n))
     free = torch.cuda.mem_get_info()[0] / 2**30 if c.device == "cuda" else free
-    least, most = min(all_gather([free])), sum(found.values())
-    line = f"GiB that each of {n} processes needs: {found}, in all {most:.3f}; free: {least:.3f}"
-    if most > least:
+    free, total = min(all_gather([free])), sum(found.values())
+    line = f"GiB that each of {n} processes needs: {found}, in all {total:.3f}; free: {free:.3f}"
+    if total > free:
         raise ValueError(line)
     on_main(print, line)
 

@@ -9,7 +9,6 @@ import asyncio
 import importlib
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,13 +116,10 @@ def test_the_settings_of_both_stages_pass_verls_own_check(options, port, capfd, 
 
 
 def test_both_stages_train_in_verls_trainer_on_a_stand_in(options, tmp_path):
-    """With Ray, verl's FSDP2 engine, queue, rewards and checkpoints, in four minutes on a CPU.
-    Stage II's step is held to the base, from which Stage I has moved the policy away."""
+    """With Ray, verl's FSDP2 engine, queue, rewards and checkpoints, in four minutes on a CPU."""
     modules = dict(PYTHONPATH=str(ROOT / "tests/ports"), VERL_USE_EXTERNAL_MODULES="verl_cpu")
     env = os.environ | modules | dict(OMP_NUM_THREADS="1", WANDB_MODE="disabled")
-    larger = "--lr 0.01 --warmup 0 --batch 16 --group 4".split()
-    paid = [f"reward.custom_reward_function.{x}" for x in ("path=pkg://verl_cpu", "name=lottery")]
-    command = [sys.executable, "ports/verl_score.py", *options, *larger, *CPU, *paid]
+    command = [sys.executable, "ports/verl_score.py", *options, *CPU]
     with open(tmp_path / "log", "w") as log:
         done = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=log, timeout=500)
     text = (tmp_path / "log").read_text()
@@ -132,5 +128,3 @@ def test_both_stages_train_in_verls_trainer_on_a_stand_in(options, tmp_path):
         actor = tmp_path / f"out/stage{stage}/global_step_{step}/actor"
         assert (actor / "huggingface/model.safetensors").exists()
     assert "/acc_t1/mean@1" in text and "/acc_t2/mean@1" in text
-    first, second = map(float, re.findall(r"actor/kl_loss:([-.e\d]+)", text))  # from the base
-    assert abs(first) < 1e-3 < second
