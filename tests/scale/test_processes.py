@@ -19,6 +19,7 @@ from scale import processes, steps, train
 from tests.scale import wide
 from tests.truth import ROOT
 
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork")  # JAX's, where it was used before
 KINDS = {
     "score": dict(offline=0.4),
     "multi_turn": dict(chunk=0, recompute=0),
