@@ -69,7 +69,7 @@ def math(answer: str, gold: str, timeout: float = 2.0) -> Verdict:
     r"""Return the verdict on an answer in LaTeX: in its last \boxed{}, after closing words or bare.
 
     timeout: seconds that sympy may take to prove two expressions equal. What counts as equal is
-    decided in a table in tasks/answers.py; nothing is searched for in prose.
+    decided in a table in tasks/README.md; nothing is searched for in prose.
     """
     from tasks import answers
 

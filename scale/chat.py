@@ -1,16 +1,9 @@
 """How is a conversation with an open checkpoint written in tokens?
 
-The toy's tokens are single characters, and `<|revise|>` is the whole instruction. An open model
-brings a tokenizer, the tokenizer.json of its folder, and a format: who speaks is told by special
-tokens. The library `tokenizers` does the encoding; two formats are known, and others are refused.
+An open model brings a tokenizer, the tokenizer.json of its folder, and a format: who speaks is told
+by special tokens. The library `tokenizers` does the encoding; two formats are known, and others are
+refused. How conversations are put together, and where templates differ: scale/README.md.
 
-A conversation is put together in token space: prompt, the ids that the model sampled, instruction.
-That equals what the family's own template writes, as long as the attempt is what encoding its text
-gives. Where it is not, the sampled ids stay. (Qwen3's template moreover drops what was thought once
-a question follows. Here it stays.)
-
-Differs from the templates: the system message is always ours, so that none is put in its place
-(Qwen2.5's and SmolLM2's say who the model is), and no date is put before it (Llama 3.1 and later).
 Differs from arXiv 2409.12917v2, appendix: the prompts are in our own words; an answer ends in a
 box, which is what `verify.math` reads.
 

@@ -2,31 +2,8 @@ r"""Is the answer of a completion right? Where it stands, and what counts as equ
 
 The answer is the last \boxed{}; without a box, what evaluation prompts want at the end of a text:
 "The answer is 5.", "Final answer: 5", "#### 5"; else the text must *be* an answer, or plain words
-round one formula: "The sum is $5$.". Nothing is searched for in prose. What the sources leave open:
-
-  boxes              the last one counts; another, different one in the same line: unparsed
-  closing words      start a sentence; two that lead to different answers, or text behind: unparsed
-  percent            50\% equals 50 and 0.5; 50\% against 5000\% does not
-  rounding           decimals are exact: 0.33 is not 1/3. One of 12 or more significant digits
-                     stands for what it rounds: 0.333333333333 is 1/3
-  fractions          need not be reduced: 2/4 is 1/2. 2\frac12 and 2 1/2 are mixed numbers
-  thousands          1,234 and 1 234 are one number; (1,234) is a pair; 1, 234 are two numbers
-  units, degrees     those of tokens.UNITS, \$, and what plurals count (apples): may be missing on
-                     one side, must not differ
-  names              "x = 5", "f(x) = 5", "AB = 5", "x \in S": the name may be missing on one
-                     side; in a list only if all its names are the same
-  equations          equal up to a factor; so are inequalities, the factor being positive
-  a = b = c          says c (or what stands before a sign of approximation). Numbers among them
-                     must be equal, or 5 = 6 would say 6; a decimal may round: 1/3 = 0.33
-  lists              1, 2 and {2, 1}: order and repetition are free, as in sets
-  (1, 2) [1, 2]      brackets and order count; a list without brackets is neither
-  intervals          are not inequalities: (0, 1) is not 0 < x < 1
-  a \pm b            is the list of both values
-  odd roots          of negative numbers are real: \sqrt[3]{-8} is -2
-  capitals           AB is one name, not A times B
-  text               whole words; case counts in letters that may be variables; \text{E} is E
-  e, i, \pi          are constants, other letters variables; \log has no base, \ln has e
-  12_3               may be written 12; it is never 5
+round one formula: "The sum is $5$.". Nothing is searched for in prose. What the sources leave open
+is decided in a table in tasks/README.md.
 
     python -c "from tasks import answers; print(answers.judge(r'So \boxed{\frac24}.', '0.5', 2.0))"
 """

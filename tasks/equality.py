@@ -2,7 +2,7 @@ r"""Do two answers say the same? First by their form, then exactly, at last by a
 
 Both are read by `latex`. Numbers are compared as fractions, lists and intervals item by item; where
 that does not decide, `algebra` looks for a proof that a difference is zero. What the sources leave
-open is decided in the table of `answers`.
+open is decided in a table in tasks/README.md.
 
     python -c "from tasks import equality; print(equality.same(r'\frac{\sqrt{8}}{4}', r'1/\sqrt2'))"
 """
