@@ -4,7 +4,6 @@ Every run of a seed starts from the same base and has the same budget: as many s
 updates as SCoRe has in both stages. How runs are done, kept and resumed: study/measure.py.
 
     python -m study                # all methods and variants, five seeds
-    python -m study --quick        # two seeds, four methods
     python -m study --tune         # what other learning rates would have given each method
     python -m study --task addition --only score multi_turn
     python -m study --table study/results/study.json
@@ -22,7 +21,6 @@ from study.tables import VARIANTS
 NAMES, RATES = list(VARIANTS)[1:], (7.5e-4, 1.5e-3, 3e-3)  # the study uses the middle one for all
 KINDS = {  # methods, seeds, split, learning rates
     "study": (NAMES, (0, 1, 2, 3, 4), "test", ()),
-    "quick": (("score", "multi_turn", "star_plus", "pair_sft"), (0, 1), "test", ()),
     "tune": (tables.names_of("main")[1:], (120,), "dev", RATES),
 }
 
@@ -39,7 +37,7 @@ def rows(names, rates) -> dict[str, tuple[str, dict]]:
 
 def collect(args, words: list[str]) -> tuple[Path, list[dict]]:
     """Train and measure what is asked for; return it, and the file that it is for."""
-    kind = "tune" if args.tune else "quick" if args.quick else "study"
+    kind = "tune" if args.tune else "study"
     c, (names, seeds, split, rates) = parse(words, Config)[1], KINDS[kind]
     runs = args.runs or Path("runs") / f"study-{c.task}"
     levels = [("", {}, rows(args.only or names, rates))]
@@ -50,9 +48,11 @@ def collect(args, words: list[str]) -> tuple[Path, list[dict]]:
 
 def main(argv: list[str]) -> int:
     """Do the study, or go on with it; return the exit status."""
-    kinds = {"--quick": "two seeds, four methods", "--tune": "three learning rates, split dev"}
-    only = {"--only": dict(nargs="+", choices=NAMES, help="some methods, and SCoRe")}
-    return command(argv, "study", kinds, only, collect, tables.text, figures.draw)
+    own = {
+        "--tune": dict(action="store_true", help="three learning rates, split dev"),
+        "--only": dict(nargs="+", choices=NAMES, help="some methods, and SCoRe"),
+    }
+    return command(argv, "study", own, collect, tables.text, figures.draw)
 
 
 if __name__ == "__main__":

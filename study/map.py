@@ -143,7 +143,7 @@ def draw(data: dict, folder: Path) -> None:
 
 def main(argv: list[str]) -> int:
     """Make the map, or go on with it; return the exit status."""
-    return command(argv, "study.map", {}, {"--task": dict(nargs="+")}, collect, text, draw)
+    return command(argv, "study.map", {"--task": dict(nargs="+")}, collect, text, draw)
 
 
 if __name__ == "__main__":

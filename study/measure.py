@@ -130,6 +130,7 @@ def run_all(waves, workers: int) -> list[dict]:
 # --- a command ------------------------------------------------------------------------------------
 
 OPTIONS = {
+    "--table": dict(type=Path, metavar="JSON", help="train nothing: show this study"),
     "--seeds": dict(type=int, nargs="+", help="default: 0 1 2 3 4, or fewer"),
     "--runs": dict(type=Path, help="folder of all runs, by default one in runs/"),
     "--workers": dict(type=int, default=os.cpu_count(), help="runs at a time"),
@@ -137,19 +138,14 @@ OPTIONS = {
 REFUSED = "--run", "--resume", "--base", "--seed", "--method"  # which a study itself sets
 
 
-def command(argv, prog: str, kinds: dict, options: dict, collect, text, draw) -> int:
+def command(argv, prog: str, options: dict, collect, text, draw) -> int:
     """Do a study, or go on with it; write its JSON, tables and figures. Return the exit status.
 
-    kinds: help of options of which one may be given; options: those that may be added. collect:
-    `(args, words) -> (path, data)`, which trains and measures what is asked for; text, draw:
-    `(data) -> str` and `(data, folder)`.
+    options: its own. collect: `(args, words) -> (path, data)`, which trains and measures what is
+    asked for; text, draw: `(data) -> str` and `(data, folder)`.
     """
     about = "Further options, for all runs: those of study.methods."
     parser = argparse.ArgumentParser(f"python -m {prog}", description=about, allow_abbrev=False)
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--table", type=Path, metavar="JSON", help="train nothing: show this study")
-    for option, words in kinds.items():
-        kind.add_argument(option, action="store_true", help=words)
     for option, more in (options | OPTIONS).items():
         parser.add_argument(option, **more)
     args, words = parser.parse_known_args(argv)

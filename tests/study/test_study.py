@@ -32,13 +32,16 @@ def collected(name):
 
 # --- the command ----------------------------------------------------------------------------------
 
+SOME = ["score", "multi_turn", "star_plus", "pair_sft"]
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Return the folder of a quick study that was killed on the way, and what it then said: its
+    """Return the folder of a small study that was killed on the way, and what it then said: its
     workers have ended with it, and no finished run was touched."""
     runs = tmp_path_factory.mktemp("study") / "runs"
-    words = [sys.executable, "-m", "study", "--quick", "--runs", str(runs), *options(**SMALL)]
+    words = [sys.executable, "-m", "study", "--runs", str(runs), "--seeds", "0", "1"]
+    words += ["--only", *SOME[1:], *options(**SMALL)]
     more = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     with subprocess.Popen([*words, "--workers", "2"], **more) as process:
         for line in process.stdout:
@@ -56,13 +59,13 @@ def finished(tmp_path_factory):
 
 def test_a_study_ends_with_one_json_tables_and_figures(finished):
     runs, said = finished
-    folder = runs / "quick-results"
-    names = {"quick.json", "quick.md", "curves.png"}
+    folder = runs / "study-part-results"
+    names = {"study-part.json", "study-part.md", "curves.png"}
     assert {path.name for path in folder.iterdir()} == names
-    assert (folder / "quick.md").read_text() in said and "10/10" in said
-    found = json.loads((folder / "quick.json").read_text())
+    assert (folder / "study-part.md").read_text() in said and "10/10" in said
+    found = json.loads((folder / "study-part.json").read_text())
     assert [(run["name"], run["seed"]) for run in found] == [("base", 0), ("base", 1)] + [
-        (name, seed) for seed in (0, 1) for name in study.KINDS["quick"][0]
+        (name, seed) for seed in (0, 1) for name in SOME
     ]
     for run in found:
         assert (run["n"], run["split"], run["threads"]) == (8, "test", 1) and run["commit"]
@@ -72,7 +75,7 @@ def test_a_study_ends_with_one_json_tables_and_figures(finished):
 def test_runs_of_a_seed_share_their_base_and_a_kill_left_no_trace(finished, tmp_path):
     runs, _ = finished
     for seed in (0, 1):
-        for name in study.KINDS["quick"][0]:
+        for name in SOME:
             mine = weights(runs / f"{name}-seed{seed}/base.pt")
             assert same(mine, weights(runs / f"base-seed{seed}/base.pt"))
     c = replace(methods.Config(**SMALL), seed=1, base=str(runs / "base-seed1"), method="pair_sft")
