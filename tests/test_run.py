@@ -239,7 +239,10 @@ def test_an_impossible_value_is_one_line_that_names_the_setting(
     ("argv", "words"),
     [
         (["--colour", "red"], ["--colour"]), (["--steps"], ["--steps"]), (["--seed"], ["--seed"]),
-        (["--see", "1"], ["--see"]), (["--resume", "nowhere"], ["nowhere is not a run"]),
+        (["--see", "1"], ["--see"]), (["--resume", "nowhere"], ["nowhere is not a run: no such"]),
+        (["--resume", "taken"], ["taken is not a run: no taken/config.json"]),
+        (["--stage1-steps=0", "--beta2=3"], ["--beta2 3.0 changes nothing"]),
+        (["--stage2-steps=0", "--alpha", "1"], ["--alpha 1.0 changes nothing"]),
         (["--resume=x", "--seed", "3"], ["--resume", "no other option"]),
         (["--resume=x", "--run=y"], ["--resume", "no other option"]),
         (["--run", "taken"], ["taken exists", "--resume"]), (["--run", "file/run"], ["file/run"]),
@@ -289,6 +292,21 @@ def test_a_damaged_run_is_one_line_that_names_it_and_left_as_it_is(tmp_path, cap
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     refused(capsys, ["--resume", folder], str(folder))
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("place", ["parse", "create", "drive"])
+def test_a_run_that_is_stopped_says_how_to_go_on_if_it_has_begun(
+    tmp_path, monkeypatch, capsys, place
+):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(score, place, stopped)
+    folder = tmp_path / "run"
+    assert score.main(["--run", str(folder), *options(**asdict(CONFIG))]) == 130
+    how = f"; go on with: python score.py --resume {folder}" if place == "drive" else ""
+    assert capsys.readouterr().out.splitlines()[-1] == "stopped" + how
+    assert folder.exists() == bool(how)
 
 
 def test_an_error_in_a_run_is_one_line(tmp_path, capsys, monkeypatch):
