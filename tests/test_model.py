@@ -203,8 +203,8 @@ def test_a_tied_head_is_one_weight():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"d_model": 18}, "d_model 18"), ({"d_model": 26}, "d_model 26"),
-        ({"n_kv_head": 4}, "n_kv_head 4"), ({"head_dim": 5}, "even"),
+        ({"d_model": 18}, "d_model .* 12, .* 18, 0$"), ({"d_model": 26}, "d_model .* 26, 0$"),
+        ({"n_kv_head": 4}, "n_kv_head 4"), ({"head_dim": 5}, "head_dim even: 24, 5$"),
     ],
 )  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused_by_name(change, named):
