@@ -131,23 +131,29 @@ def test_a_run_has_one_writer_and_a_lock_left_behind_does_not_count(tmp_path, ca
     assert score.open_run(folder).phase == 4
 
 
+@pytest.mark.parametrize("done", [0, 8])
 def test_progress_is_named_as_wide_in_each_line_and_never_rounds_to_60_seconds(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys, done
 ):
     """The clock goes on by half a second less than a minute a step; of 25 steps the last 20 are
-    taken to work on twice their rows."""
+    taken to work on twice their rows. What is left is judged by the steps since it was resumed."""
     seconds = itertools.count(0, 59.5)
     monkeypatch.setattr(score.time, "monotonic", lambda: next(seconds))
     monkeypatch.setattr(score, "BLOCK", 1)
-    score.drive(score.open_run(score.create(CONFIG, tmp_path / "run")))
+    run = score.open_run(score.create(CONFIG, tmp_path / "run"))
+    assert len(list(itertools.islice(score.train(run), done))) == done
+    score.drive(run)
     names, *lines = capsys.readouterr().out.splitlines()
     assert len({len(line) for line in (names, *lines)}) == 1
     assert names.split()[:4] == ["samples:", "step", "loss", "acc_t1"]
     work = [CONFIG.sft_batch] * 5 + [2 * CONFIG.batch] * 20
-    expected = [int(59.5 * n * sum(work[n:]) / sum(work[:n])) for n in range(1, 26)]
+    steps = range(done + 1, 26)
+    expected = [int(59.5 * (n - done) * sum(work[n:]) / sum(work[done:n])) for n in steps]
     shown = [line.split()[-2:] for line in lines]
     assert [int(m[:-1]) * 60 + int(s[:-1]) for m, s in shown] == expected
-    assert all(int(s[:-1]) < 60 for _, s in shown) and lines[-1].split()[-3] == "100%"
+    assert all(int(s[:-1]) < 60 for _, s in shown)
+    shares = [line.split()[-3] for line in lines]
+    assert shares == [f"{sum(work[:n]) / sum(work):.0%}" for n in steps]
 
 
 @pytest.mark.parametrize("steps", [3, 5])
