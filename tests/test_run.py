@@ -136,15 +136,17 @@ def test_progress_is_named_as_wide_in_each_line_and_never_rounds_to_60_seconds(
     tmp_path, monkeypatch, capsys, done
 ):
     """The clock goes on by half a second less than a minute a step; of 25 steps the last 20 are
-    taken to work on twice their rows. What is left is judged by the steps since it was resumed."""
-    seconds = itertools.count(0, 59.5)
+    taken to work on twice their rows. What is left is judged by the steps since it was resumed.
+    And what is rounded to zero has no sign."""
+    taken, seconds = score.train, itertools.count(0, 59.5)
+    monkeypatch.setattr(score, "train", lambda run: (x | dict(kl1=-1e-5) for x in taken(run)))
     monkeypatch.setattr(score.time, "monotonic", lambda: next(seconds))
     monkeypatch.setattr(score, "BLOCK", 1)
     run = score.open_run(score.create(CONFIG, tmp_path / "run"))
     assert len(list(itertools.islice(score.train(run), done))) == done
     score.drive(run)
     names, *lines = capsys.readouterr().out.splitlines()
-    assert len({len(line) for line in (names, *lines)}) == 1
+    assert len({len(line) for line in (names, *lines)}) == 1 and "-" not in "".join(lines)
     assert names.split()[:4] == ["samples:", "step", "loss", "acc_t1"]
     work = [CONFIG.sft_batch] * 5 + [2 * CONFIG.batch] * 20
     steps = range(done + 1, 26)
