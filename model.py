@@ -65,9 +65,9 @@ class GPTConfig:
     def __post_init__(self):
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is no multiple of n_kv_head {self.n_kv_head}")
-        if self.head_size % 2 or (not self.head_dim and self.d_model % self.n_head):
-            raise ValueError(f"the size of a head must be even (rotary positions turn pairs): "
-                             f"d_model {self.d_model}, n_head {self.n_head}")  # fmt: skip
+        if self.head_dim % 2 or (not self.head_dim and self.d_model % (2 * self.n_head)):
+            raise ValueError(f"d_model must be a multiple of {2 * self.n_head}, twice n_head, or "
+                             f"head_dim even: {self.d_model}, {self.head_dim}")  # fmt: skip
 
 
 class Cache:

@@ -105,9 +105,8 @@ def loss(logp_BS, kl_BS, turn_BS, advantage_KB, weight_K):
 
     Source: REINFORCE (Williams 1992) of eqs. 3 and 4; D_KL as in eqs. 2 to 4.
 
-    Args:
-      logp_BS, kl_BS: of `token_terms`. turn_BS: 1, 2, .. of an attempt's tokens, its end of turn
-        included; 0 of context. advantage_KB, weight_K: of a stage.
+    logp_BS, kl_BS: of `token_terms`. turn_BS: 1, 2, .. of an attempt's tokens, its end of turn
+    included; 0 of context. advantage_KB, weight_K: of a stage.
     """
     zero_BS = logp_BS - logp_BS.detach()  # its gradient is that of log p
     loss_B = 0.0
@@ -216,11 +215,9 @@ class Config:
     beta2: float = 1.0  # added to beta1 for attempt 1 in Stage I, to hold it
 
     limits: ClassVar = dict.fromkeys(
-        "control slip slip_hard checks right_revisions careless sft_lr lr".split(), (0, 1)
-    ) | dict(
-        n_layer=(1, 200), d_model=(8, 2**13), d_ff=(1, 2**15), sft_steps=(1, 10**9),
-        sft_batch=(1, 2**20), group=(2, 2**20), temperature=(0.1, 10), eval_n=(1, 10**6),
-    )  # fmt: skip
+        "control slip slip_hard checks right_revisions careless sft_lr lr".split(), (0, 1)) | dict(
+        n_layer=(1, 200), d_model=(8, 2**13), temperature=(0.1, 10), sft_steps=(1, 10**9),
+        sft_batch=(1, 2**20), group=(2, 2**20), d_ff=(1, 2**15), eval_n=(1, 10**6))  # fmt: skip
 
     def __post_init__(self):
         for f in fields(self):
@@ -265,12 +262,12 @@ def method(c: Config, *parts: tuple[str, int, Callable]) -> list[Phase]:
 
 def schedule(c: Config) -> list[Phase]:
     """Return a run's phases: the base, the control for as many steps as both stages have, and the
-    stages. Of these the last is named for what is left out: Stage I, the bonus, or nothing."""
+    stages. Of these the last is named for what is left out: Stage I, the bonus, both or nothing."""
     both, one, two = (partial(rl_step, stage=x) for x in (multi_turn, stage1, stage2))
     n1, n2 = c.stage1_steps, c.stage2_steps
     base = Phase("base", c.sft_steps, sft_step, c.sft_lr, 0.0, warmup=100)
     control = method(c, ("multi_turn", c.control * (n1 + n2), both))
-    name = "no_stage1" if not n1 else "score" if c.alpha else "no_bonus"
+    name = "_".join(x for x, n in (("no_stage1", n1), ("no_bonus", c.alpha)) if not n) or "score"
     return [base, *control, *method(c, ("stage1", n1, one), (name, n2, two))]
 
 
@@ -338,8 +335,7 @@ def train(run: Run) -> Iterator[dict]:
 
 def state_of(run: Run) -> dict:
     """Return all that the next step depends on."""
-    parts = {name: getattr(run, name).state_dict() for name in PARTS}
-    return parts | dict(phase=run.phase, step=run.step)
+    return {x: getattr(run, x).state_dict() for x in PARTS} | dict(phase=run.phase, step=run.step)
 
 
 def create(c: Config, folder: Path) -> Path:
@@ -360,7 +356,7 @@ def open_run(folder: Path) -> Run:
     depends on them. config.json names the module that its settings are of: this, or another's."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} is not a run: there is no {path}")
+        raise ValueError(f"{folder} is not a run: no {path if folder.exists() else 'such folder'}")
     try:
         about = json.loads(path.read_text())
         module = importlib.import_module(about["module"])
@@ -403,6 +399,9 @@ def parse(argv: list[str], settings: type):
     torch.set_num_threads(given.pop("threads", torch.get_num_threads()))
     folder, defaults = given.pop("run", None), find_task(given.get("task", settings.task))[1]
     c = settings(**defaults | given)
+    idle = {"beta2": c.stage1_steps == 0, "alpha": c.stage2_steps == 0}
+    if settings is Config and (name := next((x for x in given if idle.get(x)), "")):
+        raise ValueError(f"--{name} {given[name]} changes nothing: its stage has no steps")
     name = "-".join(f"{key}{given[key]}" for key in given if key != "seed").replace("/", "_")
     return folder or Path("runs") / f"score{name and '-' + name}-seed{c.seed}", c
 
@@ -410,8 +409,8 @@ def parse(argv: list[str], settings: type):
 def drive(run: Run) -> None:
     """Train to the end; log, save and show where the run is."""
     names, c = ("loss", "acc_t1", "acc_t2", "changed", "kl1", "kl2"), run.config
-    work = [c.sft_batch] * run.phases[0].steps  # of each step, about
-    work += [2 * c.batch] * sum(x.steps for x in run.phases[1:])
+    first, *rest = (x.steps for x in run.phases)
+    work = [c.sft_batch] * first + [2 * c.batch] * sum(rest)  # of each step, about
     done, start = sum(x.steps for x in run.phases[: run.phase]) + run.step, time.monotonic()
     with hold(run.folder / "lock"), open(run.folder / "log.jsonl", "a+") as log:
         print("  samples:  step", *(f"{x:>8}" for x in names), "  done     left")
@@ -432,6 +431,7 @@ def drive(run: Run) -> None:
 
 def main(argv: list[str], settings: type = Config) -> int:
     """Train, then evaluate; return the exit status. settings: a class, with `new_run` beside it."""
+    run = None
     try:
         folder, c = parse(argv, settings)
         run = open_run(folder if c is None else create(c, folder))
@@ -439,7 +439,7 @@ def main(argv: list[str], settings: type = Config) -> int:
         getattr(sys.modules[type(run.config).__module__], "drive", drive)(run)  # or its own
         return subprocess.run([sys.executable, ROOT / "eval.py", folder]).returncode
     except KeyboardInterrupt:
-        print(f"\nstopped; go on with: python score.py --resume {folder}")
+        print("\nstopped" + (f"; go on with: python score.py --resume {folder}" if run else ""))
         return 130
     except (ValueError, OSError, RuntimeError) as error:
         print("score.py: error:", str(error).partition("\n")[0], file=sys.stderr)

@@ -24,15 +24,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 import score
 from model import GPT, load
-from rollout import Rollout, Task, grade, make_rows, rollout, summary, token_terms
+from rollout import Rollout, Task, find_task, grade, make_rows, rollout, summary, token_terms
 from score import Phase, Run, advantage, loss, multi_turn, sft_update, stage1, stage2
 
 # --- settings -------------------------------------------------------------------------------------
 
-METHODS = (
-    "base", "score", "no_bonus", "no_stage1", "multi_turn", "single_turn", "star", "star_plus",
-    "pair_sft", "pair_sft_plus", "star_stage2",
-)  # fmt: skip
+METHODS = {  # what each uses of SOME, the settings that not all methods use
+    "base": "", "score": "alpha beta1 beta2 leak offline", "no_bonus": "beta1 beta2 offline",
+    "no_stage1": "alpha beta1 leak offline", "multi_turn": "beta1 offline", "single_turn": "beta1",
+    "star": "iterations", "star_plus": "iterations", "pair_sft": "", "pair_sft_plus": "",
+    "star_stage2": "beta1 beta2 iterations",
+}  # fmt: skip
+SOME = "alpha", "beta1", "beta2", "control", "iterations", "leak", "offline"
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,17 @@ class Config(score.Config):
         super().__post_init__()
         if self.method not in METHODS:
             raise ValueError(f"--method must be one of {', '.join(METHODS)}, got {self.method!r}")
+
+
+class Asked(Config):
+    """What a command may ask for: what its method does not use must be the default."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        used, defaults = METHODS[self.method], find_task(self.task)[1]
+        for name in (x for x in SOME if x not in used):
+            if (value := getattr(self, name)) != defaults.get(name, getattr(Config, name)):
+                raise ValueError(f"--method {self.method} does not use --{name}, got {value}")
 
 
 # --- stages: who is paid, who is held -------------------------------------------------------------
@@ -274,4 +288,4 @@ def new_run(c: Config, folder: Path) -> Run:
 
 
 if __name__ == "__main__":
-    sys.exit(score.main(sys.argv[1:], Config))
+    sys.exit(score.main(sys.argv[1:], Asked))

@@ -116,6 +116,14 @@ def test_logits_equal_the_definitions_worked_by_hand(options):
     torch.testing.assert_close(gpt(row)[0, -1], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_far_positions_turn_by_their_angle():
+    """Frequencies in float32 would turn token 100,000 by some thousandths too much."""
+    cos, sin = program.rotary_table(GPTConfig(**SIZES | dict(max_positions=100_001)))
+    angle = torch.tensor([100_000 * 10_000.0 ** (-k / 2) for k in (0, 1)], dtype=torch.float64)
+    torch.testing.assert_close(cos[-1], angle.cos().repeat(2).float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(sin[-1, 2:], angle.sin().float(), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 def test_cached_logits_equal_uncached_ones(dtype, tolerance):
     gpt, row = model(dtype), ids(3, 13)
@@ -203,8 +211,8 @@ def test_a_tied_head_is_one_weight():
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"d_model": 18}, "d_model 18"), ({"d_model": 26}, "d_model 26"),
-        ({"n_kv_head": 4}, "n_kv_head 4"), ({"head_dim": 5}, "even"),
+        ({"d_model": 18}, "d_model .* 12, .* 18, 0$"), ({"d_model": 26}, "d_model .* 26, 0$"),
+        ({"n_kv_head": 4}, "n_kv_head 4"), ({"head_dim": 5}, "head_dim even: 24, 5$"),
     ],
 )  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused_by_name(change, named):

@@ -131,23 +131,31 @@ def test_a_run_has_one_writer_and_a_lock_left_behind_does_not_count(tmp_path, ca
     assert score.open_run(folder).phase == 4
 
 
+@pytest.mark.parametrize("done", [0, 8])
 def test_progress_is_named_as_wide_in_each_line_and_never_rounds_to_60_seconds(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys, done
 ):
     """The clock goes on by half a second less than a minute a step; of 25 steps the last 20 are
-    taken to work on twice their rows."""
-    seconds = itertools.count(0, 59.5)
+    taken to work on twice their rows. What is left is judged by the steps since it was resumed.
+    And what is rounded to zero has no sign."""
+    taken, seconds = score.train, itertools.count(0, 59.5)
+    monkeypatch.setattr(score, "train", lambda run: (x | dict(kl1=-1e-5) for x in taken(run)))
     monkeypatch.setattr(score.time, "monotonic", lambda: next(seconds))
     monkeypatch.setattr(score, "BLOCK", 1)
-    score.drive(score.open_run(score.create(CONFIG, tmp_path / "run")))
+    run = score.open_run(score.create(CONFIG, tmp_path / "run"))
+    assert len(list(itertools.islice(score.train(run), done))) == done
+    score.drive(run)
     names, *lines = capsys.readouterr().out.splitlines()
-    assert len({len(line) for line in (names, *lines)}) == 1
+    assert len({len(line) for line in (names, *lines)}) == 1 and "-" not in "".join(lines)
     assert names.split()[:4] == ["samples:", "step", "loss", "acc_t1"]
     work = [CONFIG.sft_batch] * 5 + [2 * CONFIG.batch] * 20
-    expected = [int(59.5 * n * sum(work[n:]) / sum(work[:n])) for n in range(1, 26)]
+    steps = range(done + 1, 26)
+    expected = [int(59.5 * (n - done) * sum(work[n:]) / sum(work[done:n])) for n in steps]
     shown = [line.split()[-2:] for line in lines]
     assert [int(m[:-1]) * 60 + int(s[:-1]) for m, s in shown] == expected
-    assert all(int(s[:-1]) < 60 for _, s in shown) and lines[-1].split()[-3] == "100%"
+    assert all(int(s[:-1]) < 60 for _, s in shown)
+    shares = [line.split()[-3] for line in lines]
+    assert shares == [f"{sum(work[:n]) / sum(work):.0%}" for n in steps]
 
 
 @pytest.mark.parametrize("steps", [3, 5])
@@ -239,11 +247,15 @@ def test_an_impossible_value_is_one_line_that_names_the_setting(
     ("argv", "words"),
     [
         (["--colour", "red"], ["--colour"]), (["--steps"], ["--steps"]), (["--seed"], ["--seed"]),
-        (["--see", "1"], ["--see"]), (["--resume", "nowhere"], ["nowhere is not a run"]),
+        (["--see", "1"], ["--see"]), (["--resume", "nowhere"], ["nowhere is not a run: no such"]),
+        (["--resume", "taken"], ["taken is not a run: no taken/config.json"]),
+        (["--stage1-steps=0", "--beta2=3"], ["--beta2 3.0 changes nothing"]),
+        (["--stage2-steps=0", "--alpha", "1"], ["--alpha 1.0 changes nothing"]),
         (["--resume=x", "--seed", "3"], ["--resume", "no other option"]),
         (["--resume=x", "--run=y"], ["--resume", "no other option"]),
         (["--run", "taken"], ["taken exists", "--resume"]), (["--run", "file/run"], ["file/run"]),
-        (["--run", "file"], ["file exists"]), (["--d-model", "18"], ["d_model 18"]),
+        (["--run", "file"], ["file exists"]),
+        (["--d-model", "18"], ["d_model must be a multiple of 8", "18"]),
         (["--careless", "1"], ["--right-revisions plus --careless must be", "1.01"]),
         (["--resume=x", "--no-control"], ["--resume", "no other option"]),
     ],
@@ -289,6 +301,21 @@ def test_a_damaged_run_is_one_line_that_names_it_and_left_as_it_is(tmp_path, cap
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     refused(capsys, ["--resume", folder], str(folder))
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("place", ["parse", "create", "drive"])
+def test_a_run_that_is_stopped_says_how_to_go_on_if_it_has_begun(
+    tmp_path, monkeypatch, capsys, place
+):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(score, place, stopped)
+    folder = tmp_path / "run"
+    assert score.main(["--run", str(folder), *options(**asdict(CONFIG))]) == 130
+    how = f"; go on with: python score.py --resume {folder}" if place == "drive" else ""
+    assert capsys.readouterr().out.splitlines()[-1] == "stopped" + how
+    assert folder.exists() == bool(how)
 
 
 def test_an_error_in_a_run_is_one_line(tmp_path, capsys, monkeypatch):

@@ -304,6 +304,8 @@ def test_the_phases_of_control_and_score_and_of_what_is_left_of_it():
         (dict(alpha=0.0), [control, first, ("no_bonus", 40, "stage2", 0.08, 0)]),
         (dict(stage1_steps=0), [("multi_turn", 40, *control[2:]),
                                 ("no_stage1", 40, "stage2", 0.2, 0)]),
+        (dict(stage1_steps=0, control=0, alpha=0.0),
+         [("no_stage1_no_bonus", 40, "stage2", 0.2, 0)]),
         (dict(stage2_steps=0, control=0), [("stage1", 60, "stage1", 0.2, 0)]),
         (dict(stage1_steps=0, stage2_steps=0), []),
     ):  # fmt: skip

@@ -151,3 +151,6 @@ def test_norms_are_computed_in_their_weights_precision():
     norm = memory.Float32Norm(4, eps=1e-6)
     found = norm(torch.tensor([1000.0, -1000.0, 1000.0, 1000.0], dtype=torch.float16))
     assert found.dtype == torch.float16 and found.tolist() == [1, -1, 1, 1]
+    gpt = memory.prepare(GPT(GPTConfig(61, **SIZES, qk_norm=True)), **BFLOAT16)
+    norms = [type(x) for x in gpt.modules() if isinstance(x, torch.nn.RMSNorm)]
+    assert norms == [memory.Float32Norm] * (2 * 4 + 1)

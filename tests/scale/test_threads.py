@@ -55,6 +55,18 @@ def test_without_a_gradient_and_in_a_cache_it_is_the_same():
     assert not shared.requires_grad_(False)(ids).requires_grad
 
 
+def test_parts_are_not_small_and_keep_nothing_for_a_gradient_that_nobody_asks_for(monkeypatch):
+    """Of two rows or more each, here; how often the model is called, and whether for a gradient."""
+    (_, shared), seen, real = models(4), [], GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda *x: seen.append(torch.is_grad_enabled()) or real(*x))
+    ids = torch.arange(9 * 5).view(9, 5) % 11
+    for rows, parts in ((3, 1), (5, 2), (9, 4)):
+        with torch.no_grad():
+            shared(ids[:rows])
+        assert seen == [False] * parts
+        seen.clear()
+
+
 def test_every_thread_computes_alone_and_large_models_are_left_as_they_are():
     _, shared = models(2)
     seen = threads.pool(2).map(lambda _: torch.get_num_threads(), range(8))

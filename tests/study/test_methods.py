@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import runpy
+import sys
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 import model
 import rollout
 import score
+import tasks.addition
 import verify
 from ports.tensors import k1_terms
 from study import methods
@@ -373,6 +376,40 @@ def test_the_default_is_score_pys_own_run_and_another_runs_base_is_as_good_as_on
 def test_impossible_settings_are_refused(change, words):
     with pytest.raises(ValueError, match=words):
         methods.Config(**change)
+
+
+CHANGED = dict(alpha=3.0, beta1=0.5, beta2=3.0, control=1, iterations=2, leak=1, offline=0.5)
+
+
+@pytest.mark.parametrize("method", methods.METHODS)
+def test_a_method_uses_just_the_settings_that_are_said_of_it(monkeypatch, tmp_path, method):
+    """Each of these changes what is logged, and all others together change nothing. A command is
+    refused the others, one by one."""
+    rewards = torch.tensor([[0.0, 1, 0, 0, 1, 0, 0, 0], [1.0, 0] * 4])
+    monkeypatch.setattr(methods, "grade", lambda *_: rewards)
+    usual, used = trained(tmp_path / "usual", method=method), methods.METHODS[method].split()
+    assert {*used} < {*methods.SOME} == {*CHANGED}
+    for name in used:
+        assert trained(tmp_path / name, method=method, **{name: CHANGED[name]}) != usual, name
+    others = {name: x for name, x in CHANGED.items() if name not in used}
+    assert trained(tmp_path / "others", method=method, **others) == usual
+    methods.Asked(method=method, **{name: CHANGED[name] for name in used})
+    for name, x in (others | dict(control=0)).items():
+        with pytest.raises(ValueError, match=f"--method {method} does not use --{name}, got {x}$"):
+            methods.Asked(method=method, **{name: x})
+
+
+def test_the_command_refuses_what_its_method_does_not_use_and_a_task_has_its_own_defaults(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(tasks.addition, "SETTINGS", dict(alpha=3.0))
+    given = ["x", "--run", str(tmp_path / "run"), "--method", "multi_turn", "--task", "addition"]
+    assert score.parse(given[1:], methods.Asked)[1].alpha == 3
+    monkeypatch.setattr(sys, "argv", [*given, "--alpha", "10"])
+    with pytest.raises(SystemExit, match="^2$"):
+        runpy.run_path(methods.__file__, run_name="__main__")
+    error = "score.py: error: --method multi_turn does not use --alpha, got 10.0"
+    assert capsys.readouterr().err.splitlines() == [error] and not list(tmp_path.iterdir())
 
 
 RESUMED = {
