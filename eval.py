@@ -190,13 +190,13 @@ def table(phases: dict) -> str:
     return "\n".join(lines)
 
 
-def printable(text: str, most: int = 600) -> str:
-    """Return a model's text as a terminal may have it: no control characters, and not too long.
+def printable(text: str, most: int = 120) -> str:
+    """Return a model's text in one line of a terminal: no control characters, and not too long.
 
-    >>> printable("7\\x1b[2J"), printable("12345", most=3)
-    ('7?[2J', '123 ..')
+    >>> printable("7\\x1b[2J\\n8"), printable("12345", most=3)
+    ('7?[2J⏎8', '123 ..')
     """
-    shown = "".join(x if x.isprintable() or x == "\n" else "?" for x in text[:most])
+    shown = "".join(x if x.isprintable() else "⏎" if x == "\n" else "?" for x in text[:most])
     return shown + (" .." if len(text) > most else "")
 
 
@@ -210,8 +210,9 @@ def show(r: dict) -> None:
     for x in r["examples"]:
         x = {key: printable(text) for key, text in x.items()}
         x["by"] = TITLES.get(x["phase"], x["phase"])
-        print("\n{kind:>9}  {prompt}   gold {gold}   ({by})\n attempt 1  {attempt1}\n attempt 2  "
-              "{attempt2}".format_map(x))  # fmt: skip
+        x["gap"] = "  " if len(x["prompt"] + x["gold"]) < 60 else "\n      "
+        print("\n{kind:>9}  {prompt}{gap} gold {gold}   ({by})\n attempt 1  {attempt1}\n "
+              "attempt 2  {attempt2}".format_map(x))  # fmt: skip
     for note in r["diagnosis"]:
         print(f"\nDIAGNOSIS  {note}")
 

@@ -267,6 +267,17 @@ def test_what_a_model_says_cannot_drive_the_terminal(capsys):
     assert "DIAGNOSIS  Collapsed: so much." in shown
 
 
+def test_a_transcript_of_long_texts_has_a_line_for_each(capsys):
+    said = dict(kind="kept", phase="score", prompt="a\n" * 90, gold="assert f(1)\n" * 99)
+    said |= dict(attempt1="\n\n\n7", attempt2="x" * 121)
+    evaluation.show(dict(n=1, split="test", seed=0, phases={}, examples=[said], diagnosis=[]))
+    *_, prompt, gold, attempt1, attempt2 = capsys.readouterr().out.splitlines()
+    assert prompt == "     kept  " + "a⏎" * 60 + " .."
+    assert gold.startswith("       gold assert f(1)⏎assert") and gold.endswith(" ..   (SCoRe)")
+    assert attempt1 == " attempt 1  ⏎⏎⏎7" and attempt2 == f" attempt 2  {'x' * 120} .."
+    assert evaluation.printable("x" * 120) == "x" * 120
+
+
 def test_an_unfinished_run_is_evaluated_as_far_as_it_has_come(tmp_path, capsys):
     def interrupted(run):
         raise KeyboardInterrupt
