@@ -46,7 +46,7 @@ def curve(folder: Path, keys, of: int) -> list[dict]:
 
 def measure(run: Run, job: "Job") -> dict:
     """Return what the study keeps of a finished run: eval.py's report, and its curve."""
-    found = {key: x for key, x in report(run, job.split, job.n).items() if key != "examples"}
+    found = {key: x for key, x in report(run, job.split, job.n)[0].items() if key != "examples"}
     samples = curve(run.folder, ("acc_t1", "acc_t2", "changed"), of=5)
     return found | dict(config=asdict(run.config), curve=samples)
 
