@@ -8,12 +8,14 @@ Rates among the wrong or the right first attempts alone are called repair rate a
     python eval.py runs/score-seed0              # again, from the run's weights: same report.json
     python eval.py runs/score-seed0 --split dev  # on the problems that settings are chosen on
     python eval.py runs/score-seed0 --show 5     # five transcripts of each kind; all in a .jsonl
+    python eval.py FOLDER --test test.jsonl      # an open checkpoint (scale/README.md)
 
 Decoding is greedy, and once more at the training temperature to see what the rewards saw.
 Dimension key: N problems, M tokens of an attempt at most.
 """
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -97,11 +99,9 @@ def evaluate(model: GPT, task: Task, problems: list, temperature: float, at_once
     judged_N, wrong_N = np.isfinite(reward_2N).all(axis=0), reward_2N[0] == 0
     changed_N = np.array([a != b for a, b in pairs])
     changed_if_wrong = changed_N[judged_N & wrong_N]
-    rows = [
-        dict(kind=KINDS.get(tuple(paid), "unjudged"), prompt=problem.prompt, gold=problem.gold,
-             attempt1=pair[0], attempt2=pair[1], rewards=[x if x == x else None for x in paid])
-        for problem, pair, paid in zip(problems, pairs, reward_2N.T.tolist(), strict=True)
-    ]  # fmt: skip
+    rows = [dict(kind=KINDS.get(tuple(r), "unjudged"), prompt=x.prompt, gold=x.gold,
+                 attempt1=pair[0], attempt2=pair[1], rewards=[y if y == y else None for y in r])
+            for x, pair, r in zip(problems, pairs, reward_2N.T.tolist(), strict=True)]  # fmt: skip
     return metrics(*(reward_2N[:, judged_N] == 1)) | {
         "changed": float(changed_N.mean()),
         "changed_if_wrong": float(changed_if_wrong.mean()) if len(changed_if_wrong) else None,
@@ -145,7 +145,8 @@ def report(run: Run, split: str, n: int) -> tuple[dict, list[dict]]:
     problems, phases, rows = run.task.draw(n, split, np.random.default_rng(0)), {}, []
     ended = [phase for phase in run.phases[run.phase :][:1] if phase.steps == run.step]
     for phase in run.phases[: run.phase] + ended:
-        run.policy.load_state_dict(load(run.folder / f"{phase.name}.pt")["model"])
+        if run.optimizer:  # else it is an open checkpoint
+            run.policy.load_state_dict(load(run.folder / f"{phase.name}.pt")["model"])
         greedy, sampled = (evaluate(run.policy, run.task, problems, temperature, run.config.batch)
                            for temperature in (0.0, run.config.temperature))  # fmt: skip
         rows += [dict(phase=phase.name, **x) for x in greedy.pop("rows")]
@@ -158,9 +159,8 @@ def report(run: Run, split: str, n: int) -> tuple[dict, list[dict]]:
 
 
 def examples(rows: list[dict], most: int = 1) -> list[dict]:
-    """Return the first answers, so many of each kind, that the last phase repaired, spoiled, kept
-    and failed; the first is, where there is such, a mistake that the control copied, and its repair
-    follows."""
+    """Return the first answers that the last phase repaired, spoiled, kept, failed, so many each;
+    before them, if there is such, a mistake that the control copied and the last phase repaired."""
     control, found = [x for x in rows if x["phase"] == "multi_turn"], {}
     last = [x for x in rows if x["phase"] == rows[-1]["phase"]]
     for theirs, ours in zip(control, last, strict=False):  # the same problem; perhaps no control
@@ -220,20 +220,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--split", choices=("test", "dev"), default="test", help="which problems")
     parser.add_argument("--n", type=int, help="how many problems (default: the run's --eval-n)")
     parser.add_argument("--show", type=int, default=0, help="how many transcripts of each kind")
-    args = parser.parse_args(argv)
+    parser.add_argument("--test", metavar="FILE", help="problems for an open checkpoint, as RUN")
+    args, others = parser.parse_known_args(argv)
     try:
-        run = open_run(args.run)
+        door = importlib.import_module("scale.train").opened if args.test or others else None
+        run = door(args.run, args.test, others, argv) if door else open_run(args.run)
         n = run.config.eval_n if args.n is None else args.n
         if n < 1 or args.show < 0:
             raise ValueError(f"--n must be from 1, --show from 0, got {n} and {args.show}")
+        more = "" if (args.split, n) == ("test", run.config.eval_n) else f"-{args.split}-{n}"
+        path = getattr(run, "path", args.run / f"report{more}.json")
         r, rows = report(run, args.split, n)
-        usual = (args.split, n) == ("test", run.config.eval_n)
-        path = args.run / ("report.json" if usual else f"report-{args.split}-{n}.json")
+        r |= {"command": argv} if args.test else {}
         files = {".json": json.dumps(r, indent=2), ".jsonl": "\n".join(map(json.dumps, rows))}
         for kind in [*files][: 1 + (args.show > 0)]:
             path.with_suffix(".part").write_text(files[kind] + "\n")
             path.with_suffix(".part").replace(path.with_suffix(kind))
-    except (KeyboardInterrupt, ValueError, OSError, RuntimeError, KeyError) as error:
+    except (KeyboardInterrupt, ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
         print("eval.py: error:", str(error).partition("\n")[0] or "stopped", file=sys.stderr)
         return 2
     show(r | dict(examples=examples(rows, args.show or 1)))

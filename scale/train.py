@@ -21,16 +21,19 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import torch
 
 import score
+import verify
 from model import hold, load
 from scale import pretrained, problems, processes
 from scale.memory import prepare
 from scale.steps import DTYPES, frozen, in_parts
 from study import methods
+from tasks import files
 
 # arXiv 2409.12917v2, table 5; the paper gives steps in all, their split is open: here halves. It
 # says nothing of groups, lengths, warm-up and precision.
@@ -44,6 +47,7 @@ PRESETS = {
     "mbpp": "--run runs/mbpp --lr 1e-5 --stage1-steps 750 --stage2-steps 750 --batch 128 "
     "--beta2 0.25 --max-new 512 " + BOTH,
 }
+TASKS = {"math": "math", "mbpp": "code"}
 MIB = 2**20 if sys.platform == "darwin" else 2**10  # in units of the system's resident memory
 
 
@@ -100,7 +104,7 @@ def new_run(c: Config, folder: Path) -> score.Run:
         raise ValueError(f"{c.train} or {c.test} is not what the run began with")
     run = methods.new_run(c, folder)
     if c.preset:
-        run.task = problems.task(replace(c, task={"math": "math", "mbpp": "code"}[c.preset]))
+        run.task = problems.task(replace(c, task=TASKS[c.preset]))
         run.policy = pretrained.load(c.checkpoint)
     run.policy.to(c.device if n == 1 else "cpu")
     weights = {name: x.clone() for name, x in run.policy.state_dict().items()}
@@ -162,6 +166,27 @@ def save_phase(run: score.Run) -> None:
     """Write the weights that a phase ends with."""
     path = run.folder / f"{run.phases[run.phase].name}.pt"
     processes.save(dict(model=run.policy.state_dict()), path)
+
+
+def opened(folder: Path, test: str, others: list[str], argv: list[str]) -> score.Run:
+    """Return an open checkpoint, to be evaluated on a file, as a run that has its base alone; the
+    file tells the preset, others override it. ValueError if a report stands where its `path` is,
+    and is not of the same command, argv."""
+    if test is None:
+        raise ValueError(f"{' '.join(others)}: for an open checkpoint, which needs --test, too")
+    path = Path(f"report-{folder.resolve().name}.json")
+    for x in filter(Path.exists, (path.with_suffix(".jsonl"), path)):
+        if not path.exists() or pretrained.read_json(path).get("command") != argv:
+            raise ValueError(f"{x} is not of this command: move it away, or stand elsewhere")
+    kind = "math" if files.read(Path(test))[0][0].verifier is verify.math else "mbpp"
+    given = [f"--preset={kind}", f"--checkpoint={folder}", f"--train={test}", f"--test={test}"]
+    c = SimpleNamespace(**vars(parse([*given, *others])[1]) | dict(train="", task=TASKS[kind]))
+    task, policy = problems.task(c), pretrained.load(folder).requires_grad_(False).to(c.device)
+    prepare(policy, DTYPES[c.dtype])
+    base = score.Phase("base", 0, None, 0.0, 0.0, 0)
+    run = score.Run(c, task, [base], folder, policy, policy, None, phase=1)
+    run.path = path
+    return run
 
 
 def export(folder: str, new: str) -> None:

@@ -193,3 +193,48 @@ def test_tensorboard_is_shown_every_step_once(tmp_path):
         assert [x.step for x in found.Scalars(name)] == [1, 2, 3]
     shown = [x.value for x in found.Scalars("loss")]
     assert shown == pytest.approx([row["loss"] for row in log])
+
+
+@pytest.mark.parametrize(("kind", "system"), [("math", "Solve the problem"), ("mbpp", "in Python")])
+def test_an_open_checkpoint_is_evaluated_without_a_run(
+    tmp_path, options, checkpoint, capsys, monkeypatch, kind, system
+):
+    """By the prompts of its file's kind, on all its rows, and as pretrained.load gives it; nothing
+    is written into its folder, and no report over another's."""
+    options(kind)
+    before = {path: path.read_bytes() for path in checkpoint.iterdir()}
+    argv = [str(checkpoint), "--test=test.jsonl", "--max-new=24", "--dtype=float32", "--show=2"]
+    asked, evaluate = [], evaluation.evaluate
+
+    def seen(model, task, problems, temperature, at_once):
+        weights = pretrained.load(checkpoint).state_dict()
+        assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+        asked.append((task.decode(task.encode("")), len(problems), temperature))
+        return evaluate(model, task, problems, temperature, at_once)
+
+    monkeypatch.setattr(evaluation, "evaluate", seen)
+    assert evaluation.main(argv) == 0 == evaluation.main(argv)
+    report, n = json.loads(Path("report-model.json").read_text()), len(ROWS[kind][1])
+    assert list(report["phases"]) == ["base"] and f"{n} held-out" in capsys.readouterr().out
+    assert [x[1:] for x in asked] == [(n, 0.0), (n, 1.0)] * 2
+    assert all(system in x[0] for x in asked)
+    assert len(lines(Path("report-model.jsonl"))) == n
+    assert {path: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+    for more in (argv[1:] + ["--n=2"], ["--colour=red"], ["--test=nowhere.jsonl"]):
+        assert evaluation.main([str(checkpoint), *more]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert any(x in error for x in ("report-model.json is not", "--test, too", "is not of"))
+    assert json.loads(Path("report-model.json").read_text()) == report
+    Path("report-model.json").unlink()
+    assert evaluation.main(argv[:2]) == 2
+    assert "report-model.jsonl is not of this command" in capsys.readouterr().err
+    Path("report-model.jsonl").unlink()
+    assert evaluation.main([*argv, "--split=dev"]) == 2
+    assert "split dev has no problem" in capsys.readouterr().err
+    with open("test.jsonl", "a") as file:
+        file.writelines("\n" + json.dumps(rows[0]) for rows in (GSM8K, MBPP))
+    assert evaluation.main(argv) == 2
+    assert "test.jsonl holds problems of another kind" in capsys.readouterr().err
+    assert not list(Path().glob("report*"))
