@@ -24,11 +24,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 import score
 import verify
+from eval import evaluate, printable
 from model import hold, load
+from rollout import texts
 from scale import pretrained, problems, processes
 from scale.memory import prepare
 from scale.steps import DTYPES, frozen, in_parts
@@ -47,6 +50,7 @@ PRESETS = {
     "mbpp": "--run runs/mbpp --lr 1e-5 --stage1-steps 750 --stage2-steps 750 --batch 128 "
     "--beta2 0.25 --max-new 512 " + BOTH,
 }
+DEV = ("dev_acc_t1", "dev_acc_t2", "dev_delta", "dev_delta_i_to_c", "dev_delta_c_to_i")
 TASKS = {"math": "math", "mbpp": "code"}
 MIB = 2**20 if sys.platform == "darwin" else 2**10  # in units of the system's resident memory
 
@@ -71,6 +75,7 @@ class Config(methods.Config):
     # the course of the run
     sft_warmup: int = 100  # steps of warm-up of the base
     save_every: int = 20  # steps between checkpoints
+    eval_every: int = 0  # steps between evaluations on --eval-n problems of split dev; 0: none
     tensorboard: int = 0  # 1: write what is logged for TensorBoard, too
 
     limits: ClassVar = methods.Config.limits | dict(
@@ -142,6 +147,8 @@ def take_steps(run: score.Run) -> None:
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB
         peak = torch.cuda.max_memory_allocated() / 2**20 or resident
         took = dict(phase=row["phase"], step=row["step"], seconds=seconds, peak_mib=peak)
+        if c.eval_every and n % c.eval_every == 0:
+            row, start = row | look(run, main), time.monotonic()
         took |= {f"{key}_per_s": row[key] / seconds for key in ("tokens", "episodes") if key in row}
         if main:
             for path, content in ((log, row), (run.folder / "speed.jsonl", took)):
@@ -150,7 +157,7 @@ def take_steps(run: score.Run) -> None:
             numbers = {key: x for key, x in (row | took).items() if not isinstance(x, str)}
             for name, x in numbers.items() if board else ():
                 board.add_scalar(name, x, n)
-            names = ("loss", "acc_t1", "acc_t2", "changed", "kl1", "kl2", "seconds")
+            names = ("loss", "acc_t1", "acc_t2", "changed", "kl1", "kl2", "seconds", *DEV)
             shown = "  ".join(f"{key} {x:.3f}" for key, x in numbers.items() if key in names)
             print(f"{row['phase']:>10} {row['step']:>5}  {shown}", flush=True)
         if ended := run.step == run.phases[run.phase].steps:
@@ -162,6 +169,20 @@ def take_steps(run: score.Run) -> None:
         board.close()
 
 
+def look(run: score.Run, main: bool) -> dict:
+    """Return the five metrics of greedy answers on split dev, the same in all processes; the main
+    one shows an answer of the last batch."""
+    model = frozen(run.policy, processes.gathered(run.policy.state_dict()), run.config)
+    if main and hasattr(run, "sample"):
+        problem, r, rewards = run.sample
+        print(f"   problem  {printable(problem.prompt)}")
+        for k, reward in enumerate(rewards, start=1):
+            print(f" attempt {k}  {printable(texts(r, k, run.task)[0])}   reward {reward}")
+    drawn = run.task.draw(run.config.eval_n, "dev", np.random.default_rng(0))
+    found = evaluate(model, run.task, drawn, 0.0, run.config.batch)
+    return {key: found[key.removeprefix("dev_")] for key in DEV}
+
+
 def save_phase(run: score.Run) -> None:
     """Write the weights that a phase ends with."""
     path = run.folder / f"{run.phases[run.phase].name}.pt"
@@ -169,9 +190,8 @@ def save_phase(run: score.Run) -> None:
 
 
 def opened(folder: Path, test: str, others: list[str], argv: list[str]) -> score.Run:
-    """Return an open checkpoint, to be evaluated on a file, as a run that has its base alone; the
-    file tells the preset, others override it. ValueError if a report stands where its `path` is,
-    and is not of the same command, argv."""
+    """Return an open checkpoint as a run with a base alone, for eval.py. The file tells the preset,
+    others override it. ValueError if a report of another command than argv is at its `path`."""
     if test is None:
         raise ValueError(f"{' '.join(others)}: for an open checkpoint, which needs --test, too")
     path = Path(f"report-{folder.resolve().name}.json")
@@ -181,10 +201,9 @@ def opened(folder: Path, test: str, others: list[str], argv: list[str]) -> score
     kind = "math" if files.read(Path(test))[0][0].verifier is verify.math else "mbpp"
     given = [f"--preset={kind}", f"--checkpoint={folder}", f"--train={test}", f"--test={test}"]
     c = SimpleNamespace(**vars(parse([*given, *others])[1]) | dict(train="", task=TASKS[kind]))
-    task, policy = problems.task(c), pretrained.load(folder).requires_grad_(False).to(c.device)
-    prepare(policy, DTYPES[c.dtype])
-    base = score.Phase("base", 0, None, 0.0, 0.0, 0)
-    run = score.Run(c, task, [base], folder, policy, policy, None, phase=1)
+    base, task = [score.Phase("base", 0, None, 0.0, 0.0, 0)], problems.task(c)
+    policy = pretrained.load(folder).requires_grad_(False).to(c.device)
+    run = score.Run(c, task, base, folder, prepare(policy, DTYPES[c.dtype]), policy, None, phase=1)
     run.path = path
     return run
 

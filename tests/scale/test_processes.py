@@ -17,7 +17,7 @@ from tests.scale import wide
 from tests.truth import ROOT
 
 KINDS = {
-    "score": dict(offline=0.4),
+    "score": dict(offline=0.4, eval_every=4),
     "multi_turn": dict(chunk=0, recompute=0),
     "star_stage2": dict(micro_batch=0),
     "pair_sft": dict(sample_batch=0),

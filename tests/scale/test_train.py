@@ -1,10 +1,12 @@
 """From an open checkpoint and files of problems to a report, and what a run is held to."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -238,3 +240,28 @@ def test_an_open_checkpoint_is_evaluated_without_a_run(
     assert evaluation.main(argv) == 2
     assert "test.jsonl holds problems of another kind" in capsys.readouterr().err
     assert not list(Path().glob("report*"))
+
+
+def test_looking_at_split_dev_changes_no_bit_of_the_training(tmp_path, capsys):
+    """Every third step, of all phases; what is logged of it is eval.py's, and comes again when a
+    run is killed."""
+    settings = wide.SMALL | wide.PARTS | dict(eval_n=5)
+    for name, every in ("without", 0), ("with", 3):
+        score.create(train.Config(**settings, eval_every=every), tmp_path / name)
+        train.drive(score.open_run(tmp_path / name))
+    printed, log = capsys.readouterr().out, lines(tmp_path / "with/log.jsonl")
+    dev = [{key: row.pop(key) for key in train.DEV if key in row} for row in log]
+    assert [set(x) for x in dev] == [set(train.DEV) if n % 3 == 0 else set() for n in range(1, 14)]
+    assert log == lines(tmp_path / "without/log.jsonl")
+    assert outcome(tmp_path / "with")[1] == outcome(tmp_path / "without")[1]
+    run = score.open_run(tmp_path / "with")  # ends with step 13
+    drawn = run.task.draw(5, "dev", np.random.default_rng(0))
+    found = evaluation.evaluate(run.policy, run.task, drawn, 0.0, 12)
+    assert train.look(run, False) == {f"dev_{key}": found[key] for key in evaluation.COLUMNS}
+    assert printed.count("dev_acc_t2") == 4
+    conversation = r"   problem  .+=\d+\n attempt 1  .*   reward \S+\n attempt 2  .*   reward \S+\n"
+    assert len(re.findall(conversation, printed)) == 2  # the base has no samples
+    (tmp_path / "with/checkpoint.pt").unlink()
+    train.drive(score.open_run(tmp_path / "with"))
+    assert [{key: row[key] for key in train.DEV if key in row}
+            for row in lines(tmp_path / "with/log.jsonl")] == dev  # fmt: skip
