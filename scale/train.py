@@ -220,6 +220,10 @@ def export(folder: str, new: str) -> None:
 
 def parse(argv: list[str]):
     """Return what `score.parse` does, a preset's options first."""
+    names = {x.partition("=")[0] for x in argv if x.startswith("--")}
+    if len(names) > 1 and "--resume" in names:
+        raise ValueError("--resume takes all settings from the run, whose rate ends at 0: to train "
+                         "longer, --export RUN NEW, and train from --checkpoint NEW")  # fmt: skip
     preset = re.search(r"--preset[ =](\w+)", " ".join(argv))
     return score.parse([*PRESETS.get(preset and preset[1], "").split(), *argv], Config)
 

@@ -265,3 +265,17 @@ def test_looking_at_split_dev_changes_no_bit_of_the_training(tmp_path, capsys):
     train.drive(score.open_run(tmp_path / "with"))
     assert [{key: row[key] for key in train.DEV if key in row}
             for row in lines(tmp_path / "with/log.jsonl")] == dev  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [["--stage2-steps", "9"], ["--preset=math"], ["--run", "new"]])
+def test_a_run_is_not_lengthened_and_the_line_says_what_to_do(tmp_path, capsys, more):
+    c = train.Config(**wide.SMALL | dict(sft_steps=1, method="base"))
+    folder = score.create(c, tmp_path / "run")
+    train.drive(score.open_run(folder))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for argv in (["--resume", str(folder), *more], [*more, f"--resume={folder}"]):
+        assert train.main(argv) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "--resume takes all settings from the run" in error
+        assert "--export RUN NEW, and train from --checkpoint NEW" in error
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
