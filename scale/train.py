@@ -10,6 +10,7 @@ trained. speed.jsonl says what the steps took; a run that is resumed adds to it.
     torchrun --nproc-per-node 2 -m -- scale.train --run runs/two
 """
 
+import argparse
 import contextlib
 import importlib
 import json
@@ -208,14 +209,22 @@ def opened(folder: Path, test: str, others: list[str], argv: list[str]) -> score
     return run
 
 
-def export(folder: str, new: str) -> None:
-    """Write the weights of a run's last finished phase as an open checkpoint, with the tokenizer of
-    the one that it started from."""
-    run = score.open_run(Path(folder))
-    if not run.phase:
-        raise ValueError(f"{folder} has no finished phase to export")
-    run.policy.load_state_dict(load(run.folder / f"{run.phases[run.phase - 1].name}.pt")["model"])
-    pretrained.save(run.policy, new, source=getattr(run.config, "checkpoint", "") or None)
+def export(argv: list[str]) -> None:
+    """Write the weights of a run's phase, by default the last finished one, as an open checkpoint,
+    with the tokenizer of the one that it started from."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--export", nargs=2, metavar=("RUN", "NEW"))
+    parser.add_argument("--phase")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    args = parser.parse_args(argv)
+    run = score.open_run(Path(args.export[0]))
+    names = [phase.name for phase in run.phases[: run.phase]]
+    if not names or args.phase not in (None, *names):
+        raise ValueError(f"{run.folder} has finished {names}: cannot export {args.phase or 'any'}")
+    path = run.folder / f"{args.phase or names[-1]}.pt"
+    run.policy.load_state_dict(load(path)["model"])
+    source = getattr(run.config, "checkpoint", "") or None
+    pretrained.save(run.policy.to(DTYPES[args.dtype]), args.export[1], source)
 
 
 def parse(argv: list[str]):
@@ -233,10 +242,8 @@ def main(argv: list[str]) -> int:
     with processes.together():
         other = processes.rank()
         try:
-            if argv[:1] == ["--export"]:
-                if len(argv) != 3:
-                    raise ValueError(f"--export wants RUN and NEW, two folders, got {argv[1:]}")
-                export(*argv[1:])
+            if "--export" in argv:
+                export(argv)
                 return 0
             folder, c = processes.on_main(parse, argv)
             if c is not None:

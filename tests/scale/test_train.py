@@ -73,6 +73,21 @@ def test_math_from_checkpoint_to_report_and_export(tmp_path, options, capfd, mon
     again, kept = pretrained.load(tmp_path / "open").state_dict(), load(folder / "score.pt")
     assert all(torch.equal(x, again[name]) for name, x in kept["model"].items())
     assert (tmp_path / "open/tokenizer.json").is_file()
+    given = ["--export", str(folder), str(tmp_path / "narrow"), "--dtype", "bfloat16"]
+    assert train.main([*given, "--phase", "stage1"]) == 0
+    again = pretrained.load(tmp_path / "narrow", torch.bfloat16).state_dict()
+    kept = load(folder / "stage1.pt")["model"]
+    assert all(torch.equal(x.bfloat16(), again[name]) for name, x in kept.items())
+    settings = json.loads((tmp_path / "narrow/config.json").read_text())
+    assert settings["dtype"] == "bfloat16"
+    given[2] = str(tmp_path / "none")
+    assert train.main([*given, "--phase", "stage2"]) == 2
+    error = capfd.readouterr().err
+    assert "finished ['base', 'stage1', 'score']: cannot export stage2" in error
+    for argv in (given[:2], [*given, "--dtype=int8"]):
+        with pytest.raises(SystemExit, match="2"):
+            train.main(argv)
+    assert "invalid choice: 'int8'" in capfd.readouterr().err and not Path(given[2]).exists()
 
 
 def test_programs_in_bfloat16(tmp_path, options):
