@@ -7,12 +7,15 @@ Rates among the wrong or the right first attempts alone are called repair rate a
 
     python eval.py runs/score-seed0              # again, from the run's weights: same report.json
     python eval.py runs/score-seed0 --split dev  # on the problems that settings are chosen on
+    python eval.py runs/score-seed0 --show 5     # five transcripts of each kind; all in a .jsonl
+    python eval.py FOLDER --test test.jsonl      # an open checkpoint (scale/README.md)
 
 Decoding is greedy, and once more at the training temperature to see what the rewards saw.
 Dimension key: N problems, M tokens of an attempt at most.
 """
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -66,12 +69,10 @@ def metrics(right1_N: np.ndarray, right2_N: np.ndarray) -> dict:
     if n == 0:
         raise ValueError("no problem has a verdict on both attempts: there is nothing to measure")
     gained, lost = int((~right1_N & right2_N).sum()), int((right1_N & ~right2_N).sum())
-    values = {"n": n, "delta": (gained - lost) / n}
-    values["delta_interval"] = paired_bootstrap(gained, lost, n)
+    values = dict(n=n, delta=(gained - lost) / n, delta_interval=paired_bootstrap(gained, lost, n))
     for name, k, of in (
-        ("acc_t1", right1, n), ("acc_t2", right2, n),
-        ("delta_i_to_c", gained, n), ("delta_c_to_i", lost, n),
-        ("repair_rate", gained, n - right1), ("spoil_rate", lost, right1),
+        ("acc_t1", right1, n), ("acc_t2", right2, n), ("delta_i_to_c", gained, n),
+        ("delta_c_to_i", lost, n), ("repair_rate", gained, n - right1), ("spoil_rate", lost, right1)
     ):  # fmt: skip
         values[name] = k / of if of else None
         values[name + "_interval"] = wilson(k, of)
@@ -98,13 +99,15 @@ def evaluate(model: GPT, task: Task, problems: list, temperature: float, at_once
     judged_N, wrong_N = np.isfinite(reward_2N).all(axis=0), reward_2N[0] == 0
     changed_N = np.array([a != b for a, b in pairs])
     changed_if_wrong = changed_N[judged_N & wrong_N]
+    rows = [dict(kind=KINDS.get(tuple(r), "unjudged"), prompt=x.prompt, gold=x.gold,
+                 attempt1=pair[0], attempt2=pair[1], rewards=[y if y == y else None for y in r])
+            for x, pair, r in zip(problems, pairs, reward_2N.T.tolist(), strict=True)]  # fmt: skip
     return metrics(*(reward_2N[:, judged_N] == 1)) | {
         "changed": float(changed_N.mean()),
         "changed_if_wrong": float(changed_if_wrong.mean()) if len(changed_if_wrong) else None,
         "unjudged": int((~judged_N).sum()),
-        "truncated_t1": float(np.mean([first for first, _ in cut])),
-        "truncated_t2": float(np.mean([second for _, second in cut])),
-        "rows": list(zip(problems, pairs, reward_2N.T.tolist(), strict=True)),
+        **{f"truncated_t{k}": x for k, x in enumerate(np.mean(cut, axis=0).tolist(), start=1)},
+        "rows": rows,
     }
 
 
@@ -130,51 +133,45 @@ def diagnose(phases: dict) -> list[str]:
 
 # --- the report -----------------------------------------------------------------------------------
 
-COLUMNS = {
-    "acc_t1": "Acc@t1", "acc_t2": "Acc@t2", "delta": "Δ(t1,t2)",
-    "delta_i_to_c": "Δ i→c", "delta_c_to_i": "Δ c→i",
-}  # fmt: skip
-TITLES = {
-    "stage1": "Stage I", "score": "SCoRe", "multi_turn": "multi-turn RL",
-    "no_stage1": "w/o Stage I", "no_bonus": "w/o bonus",
-}  # fmt: skip
+COLUMNS = dict(acc_t1="Acc@t1", acc_t2="Acc@t2", delta="Δ(t1,t2)", delta_i_to_c="Δ i→c",
+               delta_c_to_i="Δ c→i")  # fmt: skip
+TITLES = dict(stage1="Stage I", score="SCoRe", multi_turn="multi-turn RL", no_stage1="w/o Stage I",
+              no_bonus="w/o bonus")  # fmt: skip
+KINDS = {(0, 1): "repaired", (1, 0): "spoiled", (1, 1): "kept", (0, 0): "failed"}
 
 
-def report(run: Run, split: str, n: int) -> dict:
-    """Evaluate every finished phase of a run on n problems of a split; return the report."""
-    problems, phases, said = run.task.draw(n, split, np.random.default_rng(0)), {}, {}
+def report(run: Run, split: str, n: int) -> tuple[dict, list[dict]]:
+    """Evaluate a run's finished phases on n problems of a split; return report and answers."""
+    problems, phases, rows = run.task.draw(n, split, np.random.default_rng(0)), {}, []
     ended = [phase for phase in run.phases[run.phase :][:1] if phase.steps == run.step]
     for phase in run.phases[: run.phase] + ended:
-        run.policy.load_state_dict(load(run.folder / f"{phase.name}.pt")["model"])
+        if run.optimizer:  # else it is an open checkpoint
+            run.policy.load_state_dict(load(run.folder / f"{phase.name}.pt")["model"])
         greedy, sampled = (evaluate(run.policy, run.task, problems, temperature, run.config.batch)
                            for temperature in (0.0, run.config.temperature))  # fmt: skip
-        said[phase.name] = greedy.pop("rows")
+        rows += [dict(phase=phase.name, **x) for x in greedy.pop("rows")]
         del sampled["rows"]
         phases[phase.name] = greedy | {"sampled": sampled}
     if not phases:
         raise ValueError(f"{run.folder} has no finished phase: go on with score.py --resume")
-    return {
-        "seed": run.config.seed, "split": split, "n": len(problems), "phases": phases,
-        "diagnosis": diagnose(phases), "examples": examples(said),
-    }  # fmt: skip
+    r = dict(seed=run.config.seed, split=split, n=len(problems), phases=phases)
+    return r | dict(diagnosis=diagnose(phases), examples=examples(rows)), rows
 
 
-def examples(said: dict) -> list[dict]:
-    """Return the first answer that the last phase repaired, spoiled, kept and failed, if any; the
-    repaired one, if there is such, is a mistake that the control copied, and follows that."""
-    kinds, found = {(0, 1): "repaired", (1, 0): "spoiled", (1, 1): "kept", (0, 0): "failed"}, {}
-    (last, rows), control = list(said.items())[-1], said.get("multi_turn", [])
-    for theirs, ours in zip(control, rows, strict=False):  # the same problem; without control none
-        if (tuple(theirs[2]), tuple(ours[2])) == ((0, 0), (0, 1)) and len({*theirs[1]}) == 1:
-            found = {"copied": ("multi_turn", theirs), "repaired": (last, ours)}
+def examples(rows: list[dict], most: int = 1) -> list[dict]:
+    """Return the first answers that the last phase repaired, spoiled, kept, failed, so many each;
+    before them, if there is such, a mistake that the control copied and the last phase repaired."""
+    control, found = [x for x in rows if x["phase"] == "multi_turn"], {}
+    last = [x for x in rows if x["phase"] == rows[-1]["phase"]]
+    for theirs, ours in zip(control, last, strict=False):  # the same problem; perhaps no control
+        copied = theirs["attempt1"] == theirs["attempt2"]
+        if copied and (theirs["kind"], ours["kind"]) == ("failed", "repaired"):
+            found = {"copied": [theirs | {"kind": "copied"}], "repaired": [ours]}
             break
-    for row in rows:
-        found.setdefault(kinds.get(tuple(row[2]), "unjudged"), (last, row))
-    return [
-        dict(kind=kind, phase=name, prompt=problem.prompt, gold=problem.gold, attempt1=first,
-             attempt2=second)
-        for kind, (name, (problem, (first, second), _)) in found.items()
-    ]  # fmt: skip
+    for row in last:
+        same = found.setdefault(row["kind"], [])
+        same += [row] if len(same) < most and row not in same else []
+    return sum(found.values(), [])
 
 
 def table(phases: dict) -> str:
@@ -190,13 +187,13 @@ def table(phases: dict) -> str:
     return "\n".join(lines)
 
 
-def printable(text: str, most: int = 600) -> str:
-    """Return a model's text as a terminal may have it: no control characters, and not too long.
+def printable(text: str, most: int = 120) -> str:
+    """Return a model's text in one line of a terminal: no control characters, and not too long.
 
-    >>> printable("7\\x1b[2J"), printable("12345", most=3)
-    ('7?[2J', '123 ..')
+    >>> printable("7\\x1b[2J\\n8"), printable("12345", most=3)
+    ('7?[2J⏎8', '123 ..')
     """
-    shown = "".join(x if x.isprintable() or x == "\n" else "?" for x in text[:most])
+    shown = "".join(x if x.isprintable() else "⏎" if x == "\n" else "?" for x in text[:most])
     return shown + (" .." if len(text) > most else "")
 
 
@@ -205,13 +202,13 @@ def show(r: dict) -> None:
     unjudged = max((m["unjudged"] for m in r["phases"].values()), default=0)
     without = f", up to {unjudged} without a verdict" if unjudged else ""
     print(f"\n{r['n']:,} held-out problems ({r['split']}){without}, greedy, seed {r['seed']}; "
-          "per cent [95 % interval]\n")  # fmt: skip
-    print(table(r["phases"]))
+          f"per cent [95 % interval]\n\n{table(r['phases'])}")  # fmt: skip
     for x in r["examples"]:
-        x = {key: printable(text) for key, text in x.items()}
+        x = {key: printable(str(text)) for key, text in x.items()}
         x["by"] = TITLES.get(x["phase"], x["phase"])
-        print("\n{kind:>9}  {prompt}   gold {gold}   ({by})\n attempt 1  {attempt1}\n attempt 2  "
-              "{attempt2}".format_map(x))  # fmt: skip
+        x["gap"] = "  " if len(x["prompt"] + x["gold"]) < 60 else "\n      "
+        print("\n{kind:>9}  {prompt}{gap} gold {gold}   ({by})\n attempt 1  {attempt1}\n "
+              "attempt 2  {attempt2}".format_map(x))  # fmt: skip
     for note in r["diagnosis"]:
         print(f"\nDIAGNOSIS  {note}")
 
@@ -222,21 +219,27 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     parser.add_argument("--split", choices=("test", "dev"), default="test", help="which problems")
     parser.add_argument("--n", type=int, help="how many problems (default: the run's --eval-n)")
-    args = parser.parse_args(argv)
+    parser.add_argument("--show", type=int, default=0, help="how many transcripts of each kind")
+    parser.add_argument("--test", metavar="FILE", help="problems for an open checkpoint, as RUN")
+    args, others = parser.parse_known_args(argv)
     try:
-        run = open_run(args.run)
+        door = importlib.import_module("scale.train").opened if args.test or others else None
+        run = door(args.run, args.test, others, argv) if door else open_run(args.run)
         n = run.config.eval_n if args.n is None else args.n
-        if n < 1:
-            raise ValueError(f"--n must be at least 1, got {n}")
-        r = report(run, args.split, n)
-        usual = (args.split, n) == ("test", run.config.eval_n)
-        path = args.run / ("report.json" if usual else f"report-{args.split}-{n}.json")
-        path.with_suffix(".part").write_text(json.dumps(r, indent=2) + "\n")
-        path.with_suffix(".part").replace(path)
-    except (KeyboardInterrupt, ValueError, OSError, RuntimeError, KeyError) as error:
+        if n < 1 or args.show < 0:
+            raise ValueError(f"--n must be from 1, --show from 0, got {n} and {args.show}")
+        more = "" if (args.split, n) == ("test", run.config.eval_n) else f"-{args.split}-{n}"
+        path = getattr(run, "path", args.run / f"report{more}.json")
+        r, rows = report(run, args.split, n)
+        r |= {"command": argv} if args.test else {}
+        files = {".json": json.dumps(r, indent=2), ".jsonl": "\n".join(map(json.dumps, rows))}
+        for kind in [*files][: 1 + (args.show > 0)]:
+            path.with_suffix(".part").write_text(files[kind] + "\n")
+            path.with_suffix(".part").replace(path.with_suffix(kind))
+    except (KeyboardInterrupt, ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
         print("eval.py: error:", str(error).partition("\n")[0] or "stopped", file=sys.stderr)
         return 2
-    show(r)
+    show(r | dict(examples=examples(rows, args.show or 1)))
     return 0
 
 

@@ -42,9 +42,9 @@ def asked(problem: verify.Problem) -> verify.Problem:
 
 def read_splits(c) -> dict[str, list[tuple[verify.Problem, str]]]:
     """Return by split what is asked, each problem with its worked answer, or "" if it has none."""
-    train, test = files.read(Path(c.train)), files.read(Path(c.test))
+    train, test = (files.read(Path(x)) if x else [] for x in (c.train, c.test))
     for path, rows in ((c.train, train), (c.test, test)):
-        if {problem.verifier is verify.math for problem, _ in rows} != {c.task == "math"}:
+        if path and {x.verifier is verify.math for x, _ in rows} != {c.task == "math"}:
             raise ValueError(f"{path} holds problems of another kind than {c.task}")
     by_words = {" ".join(row[0].prompt.split()): row for row in train}
     for problem, _ in test:
@@ -59,7 +59,7 @@ def task(c) -> Task:
     """Return the task of a run; ValueError if a file cannot be used, or does not suffice.
 
     c: settings, of which task ("math" or "code"), checkpoint, train, test, max_new, batch, group,
-    sft_steps and sft_batch.
+    sft_steps and sft_batch. Without train there is split test alone.
     """
     sizes, tokenizer = pretrained.read_config(c.checkpoint), chat.read_tokenizer(c.checkpoint)
     form, splits = chat.format_of(tokenizer), read_splits(c)
@@ -67,6 +67,8 @@ def task(c) -> Task:
     system = chat.fill(tokenizer, form.system, chat.SYSTEM[c.task])
 
     def draw(n, split, rng):
+        if not splits[split]:
+            raise ValueError(f"split {split} has no problem: it is taken from --train")
         return [splits[split][i] for i in rng.permutation(len(splits[split]))[:n]]
 
     def encode(text):
@@ -97,7 +99,7 @@ def check(c, made: Task, splits: dict) -> None:
     where one is to be imitated, or if a problem with its answers does not fit the model."""
     rows = splits["train"]
     needed = max(c.batch // c.group, c.sft_batch if c.sft_steps else 0)
-    if len(rows) < needed:
+    if c.train and len(rows) < needed:
         raise ValueError(
             f"--train {c.train}: a step needs {needed} problems (--batch / --group, --sft-batch); "
             f"it has {len(rows)}, without a tenth for dev and those in --test"

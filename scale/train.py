@@ -10,6 +10,7 @@ trained. speed.jsonl says what the steps took; a run that is resumed adds to it.
     torchrun --nproc-per-node 2 -m -- scale.train --run runs/two
 """
 
+import argparse
 import contextlib
 import importlib
 import json
@@ -21,16 +22,22 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 import score
+import verify
+from eval import evaluate, printable
 from model import hold, load
+from rollout import texts
 from scale import pretrained, problems, processes
 from scale.memory import prepare
 from scale.steps import DTYPES, frozen, in_parts
 from study import methods
+from tasks import files
 
 # arXiv 2409.12917v2, table 5; the paper gives steps in all, their split is open: here halves. It
 # says nothing of groups, lengths, warm-up and precision.
@@ -44,6 +51,8 @@ PRESETS = {
     "mbpp": "--run runs/mbpp --lr 1e-5 --stage1-steps 750 --stage2-steps 750 --batch 128 "
     "--beta2 0.25 --max-new 512 " + BOTH,
 }
+DEV = ("dev_acc_t1", "dev_acc_t2", "dev_delta", "dev_delta_i_to_c", "dev_delta_c_to_i")
+TASKS = {"math": "math", "mbpp": "code"}
 MIB = 2**20 if sys.platform == "darwin" else 2**10  # in units of the system's resident memory
 
 
@@ -67,6 +76,7 @@ class Config(methods.Config):
     # the course of the run
     sft_warmup: int = 100  # steps of warm-up of the base
     save_every: int = 20  # steps between checkpoints
+    eval_every: int = 0  # steps between evaluations on --eval-n problems of split dev; 0: none
     tensorboard: int = 0  # 1: write what is logged for TensorBoard, too
 
     limits: ClassVar = methods.Config.limits | dict(
@@ -100,7 +110,7 @@ def new_run(c: Config, folder: Path) -> score.Run:
         raise ValueError(f"{c.train} or {c.test} is not what the run began with")
     run = methods.new_run(c, folder)
     if c.preset:
-        run.task = problems.task(replace(c, task={"math": "math", "mbpp": "code"}[c.preset]))
+        run.task = problems.task(replace(c, task=TASKS[c.preset]))
         run.policy = pretrained.load(c.checkpoint)
     run.policy.to(c.device if n == 1 else "cpu")
     weights = {name: x.clone() for name, x in run.policy.state_dict().items()}
@@ -138,6 +148,8 @@ def take_steps(run: score.Run) -> None:
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB
         peak = torch.cuda.max_memory_allocated() / 2**20 or resident
         took = dict(phase=row["phase"], step=row["step"], seconds=seconds, peak_mib=peak)
+        if c.eval_every and n % c.eval_every == 0:
+            row, start = row | look(run, main), time.monotonic()
         took |= {f"{key}_per_s": row[key] / seconds for key in ("tokens", "episodes") if key in row}
         if main:
             for path, content in ((log, row), (run.folder / "speed.jsonl", took)):
@@ -146,7 +158,7 @@ def take_steps(run: score.Run) -> None:
             numbers = {key: x for key, x in (row | took).items() if not isinstance(x, str)}
             for name, x in numbers.items() if board else ():
                 board.add_scalar(name, x, n)
-            names = ("loss", "acc_t1", "acc_t2", "changed", "kl1", "kl2", "seconds")
+            names = ("loss", "acc_t1", "acc_t2", "changed", "kl1", "kl2", "seconds", *DEV)
             shown = "  ".join(f"{key} {x:.3f}" for key, x in numbers.items() if key in names)
             print(f"{row['phase']:>10} {row['step']:>5}  {shown}", flush=True)
         if ended := run.step == run.phases[run.phase].steps:
@@ -158,24 +170,69 @@ def take_steps(run: score.Run) -> None:
         board.close()
 
 
+def look(run: score.Run, main: bool) -> dict:
+    """Return the five metrics of greedy answers on split dev, the same in all processes; the main
+    one shows an answer of the last batch."""
+    model = frozen(run.policy, processes.gathered(run.policy.state_dict()), run.config)
+    if main and hasattr(run, "sample"):
+        problem, r, rewards = run.sample
+        print(f"   problem  {printable(problem.prompt)}")
+        for k, reward in enumerate(rewards, start=1):
+            print(f" attempt {k}  {printable(texts(r, k, run.task)[0])}   reward {reward}")
+    drawn = run.task.draw(run.config.eval_n, "dev", np.random.default_rng(0))
+    found = evaluate(model, run.task, drawn, 0.0, run.config.batch)
+    return {key: found[key.removeprefix("dev_")] for key in DEV}
+
+
 def save_phase(run: score.Run) -> None:
     """Write the weights that a phase ends with."""
     path = run.folder / f"{run.phases[run.phase].name}.pt"
     processes.save(dict(model=run.policy.state_dict()), path)
 
 
-def export(folder: str, new: str) -> None:
-    """Write the weights of a run's last finished phase as an open checkpoint, with the tokenizer of
-    the one that it started from."""
-    run = score.open_run(Path(folder))
-    if not run.phase:
-        raise ValueError(f"{folder} has no finished phase to export")
-    run.policy.load_state_dict(load(run.folder / f"{run.phases[run.phase - 1].name}.pt")["model"])
-    pretrained.save(run.policy, new, source=getattr(run.config, "checkpoint", "") or None)
+def opened(folder: Path, test: str, others: list[str], argv: list[str]) -> score.Run:
+    """Return an open checkpoint as a run with a base alone, for eval.py. The file tells the preset,
+    others override it. ValueError if a report of another command than argv is at its `path`."""
+    if test is None:
+        raise ValueError(f"{' '.join(others)}: for an open checkpoint, which needs --test, too")
+    path = Path(f"report-{folder.resolve().name}.json")
+    for x in filter(Path.exists, (path.with_suffix(".jsonl"), path)):
+        if not path.exists() or pretrained.read_json(path).get("command") != argv:
+            raise ValueError(f"{x} is not of this command: move it away, or stand elsewhere")
+    kind = "math" if files.read(Path(test))[0][0].verifier is verify.math else "mbpp"
+    given = [f"--preset={kind}", f"--checkpoint={folder}", f"--train={test}", f"--test={test}"]
+    c = SimpleNamespace(**vars(parse([*given, *others])[1]) | dict(train="", task=TASKS[kind]))
+    base, task = [score.Phase("base", 0, None, 0.0, 0.0, 0)], problems.task(c)
+    policy = pretrained.load(folder).requires_grad_(False).to(c.device)
+    run = score.Run(c, task, base, folder, prepare(policy, DTYPES[c.dtype]), policy, None, phase=1)
+    run.path = path
+    return run
+
+
+def export(argv: list[str]) -> None:
+    """Write the weights of a run's phase, by default the last finished one, as an open checkpoint,
+    with the tokenizer of the one that it started from."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--export", nargs=2, metavar=("RUN", "NEW"))
+    parser.add_argument("--phase")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    args = parser.parse_args(argv)
+    run = score.open_run(Path(args.export[0]))
+    names = [phase.name for phase in run.phases[: run.phase]]
+    if not names or args.phase not in (None, *names):
+        raise ValueError(f"{run.folder} has finished {names}: cannot export {args.phase or 'any'}")
+    path = run.folder / f"{args.phase or names[-1]}.pt"
+    run.policy.load_state_dict(load(path)["model"])
+    source = getattr(run.config, "checkpoint", "") or None
+    pretrained.save(run.policy.to(DTYPES[args.dtype]), args.export[1], source)
 
 
 def parse(argv: list[str]):
     """Return what `score.parse` does, a preset's options first."""
+    names = {x.partition("=")[0] for x in argv if x.startswith("--")}
+    if len(names) > 1 and "--resume" in names:
+        raise ValueError("--resume takes all settings from the run, whose rate ends at 0: to train "
+                         "longer, --export RUN NEW, and train from --checkpoint NEW")  # fmt: skip
     preset = re.search(r"--preset[ =](\w+)", " ".join(argv))
     return score.parse([*PRESETS.get(preset and preset[1], "").split(), *argv], Config)
 
@@ -185,10 +242,8 @@ def main(argv: list[str]) -> int:
     with processes.together():
         other = processes.rank()
         try:
-            if argv[:1] == ["--export"]:
-                if len(argv) != 3:
-                    raise ValueError(f"--export wants RUN and NEW, two folders, got {argv[1:]}")
-                export(*argv[1:])
+            if "--export" in argv:
+                export(argv)
                 return 0
             folder, c = processes.on_main(parse, argv)
             if c is not None:

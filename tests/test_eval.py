@@ -101,8 +101,9 @@ def test_behaviour_is_measured_on_what_was_said(monkeypatch):
     assert m["changed"] == pytest.approx(4 / 7)
     assert m["changed_if_wrong"] == pytest.approx(2 / 4)
     assert (m["truncated_t1"], m["truncated_t2"]) == (pytest.approx(1 / 7), pytest.approx(2 / 7))
-    problem, pair, rewards = m["rows"][2]
-    assert (problem.gold, pair, rewards) == (right, (right, "-1-1"), [1.0, 0.0])
+    said = dict(kind="spoiled", prompt="1 1 =2", gold=right, attempt1=right, attempt2="-1-1")
+    assert m["rows"][2] == said | dict(rewards=[1.0, 0.0])
+    assert (m["rows"][6]["kind"], m["rows"][6]["rewards"]) == ("unjudged", [None, None])
     again, whole = answered(monkeypatch, firsts, seconds, at_once=99)
     assert torch.equal(noise, whole) and noise.dtype == torch.float64
     assert noise.shape == (2, 7, TOY.max_new) and 0 <= noise.min() < noise.max() < 1
@@ -199,6 +200,32 @@ def test_a_report_is_of_greedy_and_sampled_answers_and_comes_again(trained, tmp_
     assert not list(folder.glob("*.part"))
 
 
+def test_with_show_so_many_of_each_kind_are_printed_and_all_rows_kept(trained, tmp_path, capsys):
+    """The report itself is as without."""
+    folder = copied(trained, tmp_path)
+    assert evaluation.main([str(folder)]) == 0
+    text = (folder / "report.json").read_text()
+    assert not (folder / "report.jsonl").exists() and capsys.readouterr()
+    assert evaluation.main([str(folder), "--show", "2"]) == 0
+    printed, lines = capsys.readouterr().out, (folder / "report.jsonl").read_text().splitlines()
+    assert (folder / "report.json").read_text() == text and not list(folder.glob("*.part"))
+    said, run = list(map(json.loads, lines)), score.open_run(folder)
+    problems = run.task.draw(40, "test", np.random.default_rng(0))
+    assert [(x["phase"], x["prompt"], x["gold"]) for x in said] == [
+        (phase, problem.prompt, problem.gold)
+        for phase in ("base", "multi_turn", "stage1", "score") for problem in problems
+    ]  # fmt: skip
+    of_rewards = {(0, 1): "repaired", (1, 0): "spoiled", (1, 1): "kept", (0, 0): "failed"}
+    for x in said:
+        rewards = [verify.signs(x[f"attempt{k}"], x["gold"]).reward for k in (1, 2)]
+        assert x["rewards"] == rewards and x["kind"] == of_rewards[tuple(rewards)]
+    last = [x["kind"] for x in said[-40:]]
+    assert max(map(last.count, last)) > 2  # more than are shown
+    for kind in of_rewards.values():
+        shown = re.findall(rf"^ +{kind}  .* gold .*\n attempt 1  ", printed, re.M)
+        assert len(shown) == min(2, last.count(kind))
+
+
 def test_the_table_has_the_metrics_in_per_cent_with_their_intervals():
     right1, right2 = np.arange(40) < 12, np.arange(40) % 4 > 0
     m = evaluation.metrics(right1, right2)
@@ -214,44 +241,48 @@ def test_the_table_has_the_metrics_in_per_cent_with_their_intervals():
         assert (found[0] in "+-") == (key == "delta")
 
 
-def rows(*rewards, copies=False):
+def rows(phase, *kinds, copies=False):
     """Return what was said to the problems `i`: attempts `ai` and `bi`, or copies."""
-    problems = [verify.Problem(f"{i}", f"+{i}") for i in range(len(rewards))]
-    return [(problem, (f"a{i}", f"a{i}" if copies else f"b{i}"), pair)
-            for i, (problem, pair) in enumerate(zip(problems, rewards, strict=True))]  # fmt: skip
+    return [dict(phase=phase, kind=kind, prompt=f"{i}", gold=f"+{i}", attempt1=f"a{i}",
+                 attempt2=f"a{i}" if copies else f"b{i}")
+            for i, kind in enumerate(kinds)]  # fmt: skip
 
 
-def kinds(**said):
+def kinds(*rows, most=1):
     found = []
-    for x in evaluation.examples(said):
+    for x in evaluation.examples(rows, most):
         i = x["prompt"]
         assert (x["gold"], x["attempt1"]) == (f"+{i}", f"a{i}") and x["attempt2"][1:] == i
         found.append((x["kind"], x["phase"], int(i), x["attempt2"][0]))
     return found
 
 
-FAILED, FIXED, LOST, KEPT = (0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0)
+FAILED, FIXED, LOST, KEPT = "failed", "repaired", "spoiled", "kept"
 
 
 def test_examples_are_the_first_of_each_kind_in_the_last_phase():
-    last = rows(FAILED, KEPT, (torch.nan, 1.0), FIXED, FIXED, LOST)
-    assert kinds(base=rows(*[LOST] * 6), score=last) == [
-        (kind, "score", i, "b")
-        for kind, i in dict(failed=0, kept=1, unjudged=2, repaired=3, spoiled=5).items()
-    ]
+    last = rows("score", FAILED, KEPT, "unjudged", FIXED, FIXED, LOST, FIXED)
+    first = dict(failed=0, kept=1, unjudged=2, repaired=3, spoiled=5)
+    before = rows("base", *[LOST] * 6)
+    assert kinds(*before, *last) == [(kind, "score", i, "b") for kind, i in first.items()]
+    two = [x[2] for x in kinds(*before, *last, most=2)]
+    assert two == [0, 1, 2, 3, 4, 5]
 
 
 def test_the_first_example_is_a_mistake_that_the_control_copied_and_score_repaired():
     """Not one that the control changed in vain, repaired or did not make; if there is none, and
     where there is no other phase than the control, examples are as ever."""
-    control = rows(FIXED, LOST, FAILED, FAILED, FAILED, copies=True)
-    control[2] = control[2][0], ("a2", "b2"), FAILED
-    found = kinds(multi_turn=control, score=rows(FIXED, FIXED, FIXED, FAILED, FIXED))
+    control = rows("multi_turn", FIXED, LOST, FAILED, FAILED, FAILED, copies=True)
+    control[2]["attempt2"] = "b2"
+    last = rows("score", FIXED, FIXED, FIXED, FAILED, FIXED)
     pair = [("copied", "multi_turn", 4, "a"), ("repaired", "score", 4, "b")]
-    assert found == [*pair, ("failed", "score", 3, "b")]
-    none = kinds(multi_turn=control, score=rows(FIXED, FIXED, FIXED, FAILED, FAILED))
+    assert kinds(*control, *last) == [*pair, ("failed", "score", 3, "b")]
+    shown = [x[2] for x in kinds(*control, *last, most=9)]
+    assert shown == [4, 4, 0, 1, 2, 3]  # each once
+    last = rows("score", FIXED, FIXED, FIXED, FAILED, FAILED)
+    none = kinds(*control, *last)
     assert none == [("repaired", "score", 0, "b"), ("failed", "score", 3, "b")]
-    assert [x[:3] for x in kinds(multi_turn=control)] == [
+    assert [x[:3] for x in kinds(*control)] == [
         (kind, "multi_turn", i) for kind, i in dict(repaired=0, spoiled=1, failed=2).items()
     ]
 
@@ -265,6 +296,17 @@ def test_what_a_model_says_cannot_drive_the_terminal(capsys):
     assert "failed  2 2 =4   gold +2+2   (Stage I)" in shown
     assert "?[2J5" in shown and "\x1b" not in shown and len(shown) < 1500
     assert "DIAGNOSIS  Collapsed: so much." in shown
+
+
+def test_a_transcript_of_long_texts_has_a_line_for_each(capsys):
+    said = dict(kind="kept", phase="score", prompt="a\n" * 90, gold="assert f(1)\n" * 99)
+    said |= dict(attempt1="\n\n\n7", attempt2="x" * 121)
+    evaluation.show(dict(n=1, split="test", seed=0, phases={}, examples=[said], diagnosis=[]))
+    *_, prompt, gold, attempt1, attempt2 = capsys.readouterr().out.splitlines()
+    assert prompt == "     kept  " + "a⏎" * 60 + " .."
+    assert gold.startswith("       gold assert f(1)⏎assert") and gold.endswith(" ..   (SCoRe)")
+    assert attempt1 == " attempt 1  ⏎⏎⏎7" and attempt2 == f" attempt 2  {'x' * 120} .."
+    assert evaluation.printable("x" * 120) == "x" * 120
 
 
 def test_an_unfinished_run_is_evaluated_as_far_as_it_has_come(tmp_path, capsys):
@@ -287,13 +329,14 @@ def test_an_unfinished_run_is_evaluated_as_far_as_it_has_come(tmp_path, capsys):
         ("no run", "is not a run"), ("not begun", "no finished phase"),
         ("no weights", "no checkpoint at .*score.pt"), ("weights", "score.pt is not a readable"),
         ("checkpoint", "checkpoint.pt is not a readable"), ("config", "not a readable run"),
-        ("n", "--n must be at least 1, got 0"),
+        ("n", "--n must be from 1, .* got 0 and 0"), ("show", "--show from 0, got 10 and -1"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_evaluated_is_one_line_and_changes_nothing(
     trained, tmp_path, capsys, damage, words
 ):
-    folder, more = copied(trained, tmp_path), ["--n", "0"] if damage == "n" else []
+    folder = copied(trained, tmp_path)
+    more = dict(n=["--n", "0"], show=["--n", "10", "--show", "-1"]).get(damage, [])
     cut = dict(weights="score.pt", checkpoint="checkpoint.pt", config="config.json").get(damage)
     if damage == "no run":
         folder = tmp_path / "nowhere"

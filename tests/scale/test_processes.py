@@ -21,7 +21,7 @@ from tests.truth import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:os.fork")  # JAX's, where it was used before
 KINDS = {
-    "score": dict(offline=0.4),
+    "score": dict(offline=0.4, eval_every=4),
     "multi_turn": dict(chunk=0, recompute=0),
     "star_stage2": dict(micro_batch=0),
     "pair_sft": dict(sample_batch=0),

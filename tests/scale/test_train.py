@@ -1,10 +1,12 @@
 """From an open checkpoint and files of problems to a report, and what a run is held to."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,6 +73,21 @@ def test_math_from_checkpoint_to_report_and_export(tmp_path, options, capfd, mon
     again, kept = pretrained.load(tmp_path / "open").state_dict(), load(folder / "score.pt")
     assert all(torch.equal(x, again[name]) for name, x in kept["model"].items())
     assert (tmp_path / "open/tokenizer.json").is_file()
+    given = ["--export", str(folder), str(tmp_path / "narrow"), "--dtype", "bfloat16"]
+    assert train.main([*given, "--phase", "stage1"]) == 0
+    again = pretrained.load(tmp_path / "narrow", torch.bfloat16).state_dict()
+    kept = load(folder / "stage1.pt")["model"]
+    assert all(torch.equal(x.bfloat16(), again[name]) for name, x in kept.items())
+    settings = json.loads((tmp_path / "narrow/config.json").read_text())
+    assert settings["dtype"] == "bfloat16"
+    given[2] = str(tmp_path / "none")
+    assert train.main([*given, "--phase", "stage2"]) == 2
+    error = capfd.readouterr().err
+    assert "finished ['base', 'stage1', 'score']: cannot export stage2" in error
+    for argv in (given[:2], [*given, "--dtype=int8"]):
+        with pytest.raises(SystemExit, match="2"):
+            train.main(argv)
+    assert "invalid choice: 'int8'" in capfd.readouterr().err and not Path(given[2]).exists()
 
 
 def test_programs_in_bfloat16(tmp_path, options):
@@ -193,3 +210,87 @@ def test_tensorboard_is_shown_every_step_once(tmp_path):
         assert [x.step for x in found.Scalars(name)] == [1, 2, 3]
     shown = [x.value for x in found.Scalars("loss")]
     assert shown == pytest.approx([row["loss"] for row in log])
+
+
+@pytest.mark.parametrize(("kind", "system"), [("math", "Solve the problem"), ("mbpp", "in Python")])
+def test_an_open_checkpoint_is_evaluated_without_a_run(
+    tmp_path, options, checkpoint, capsys, monkeypatch, kind, system
+):
+    """By the prompts of its file's kind, on all its rows, and as pretrained.load gives it; nothing
+    is written into its folder, and no report over another's."""
+    options(kind)
+    before = {path: path.read_bytes() for path in checkpoint.iterdir()}
+    argv = [str(checkpoint), "--test=test.jsonl", "--max-new=24", "--dtype=float32", "--show=2"]
+    asked, evaluate = [], evaluation.evaluate
+
+    def seen(model, task, problems, temperature, at_once):
+        weights = pretrained.load(checkpoint).state_dict()
+        assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+        asked.append((task.decode(task.encode("")), len(problems), temperature))
+        return evaluate(model, task, problems, temperature, at_once)
+
+    monkeypatch.setattr(evaluation, "evaluate", seen)
+    assert evaluation.main(argv) == 0 == evaluation.main(argv)
+    report, n = json.loads(Path("report-model.json").read_text()), len(ROWS[kind][1])
+    assert list(report["phases"]) == ["base"] and f"{n} held-out" in capsys.readouterr().out
+    assert [x[1:] for x in asked] == [(n, 0.0), (n, 1.0)] * 2
+    assert all(system in x[0] for x in asked)
+    assert len(lines(Path("report-model.jsonl"))) == n
+    assert {path: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+    for more in (argv[1:] + ["--n=2"], ["--colour=red"], ["--test=nowhere.jsonl"]):
+        assert evaluation.main([str(checkpoint), *more]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert any(x in error for x in ("report-model.json is not", "--test, too", "is not of"))
+    assert json.loads(Path("report-model.json").read_text()) == report
+    Path("report-model.json").unlink()
+    assert evaluation.main(argv[:2]) == 2
+    assert "report-model.jsonl is not of this command" in capsys.readouterr().err
+    Path("report-model.jsonl").unlink()
+    assert evaluation.main([*argv, "--split=dev"]) == 2
+    assert "split dev has no problem" in capsys.readouterr().err
+    with open("test.jsonl", "a") as file:
+        file.writelines("\n" + json.dumps(rows[0]) for rows in (GSM8K, MBPP))
+    assert evaluation.main(argv) == 2
+    assert "test.jsonl holds problems of another kind" in capsys.readouterr().err
+    assert not list(Path().glob("report*"))
+
+
+def test_looking_at_split_dev_changes_no_bit_of_the_training(tmp_path, capsys):
+    """Every third step, of all phases; what is logged of it is eval.py's, and comes again when a
+    run is killed."""
+    settings = wide.SMALL | wide.PARTS | dict(eval_n=5)
+    for name, every in ("without", 0), ("with", 3):
+        score.create(train.Config(**settings, eval_every=every), tmp_path / name)
+        train.drive(score.open_run(tmp_path / name))
+    printed, log = capsys.readouterr().out, lines(tmp_path / "with/log.jsonl")
+    dev = [{key: row.pop(key) for key in train.DEV if key in row} for row in log]
+    assert [set(x) for x in dev] == [set(train.DEV) if n % 3 == 0 else set() for n in range(1, 14)]
+    assert log == lines(tmp_path / "without/log.jsonl")
+    assert outcome(tmp_path / "with")[1] == outcome(tmp_path / "without")[1]
+    run = score.open_run(tmp_path / "with")  # ends with step 13
+    drawn = run.task.draw(5, "dev", np.random.default_rng(0))
+    found = evaluation.evaluate(run.policy, run.task, drawn, 0.0, 12)
+    assert train.look(run, False) == {f"dev_{key}": found[key] for key in evaluation.COLUMNS}
+    assert printed.count("dev_acc_t2") == 4
+    conversation = r"   problem  .+=\d+\n attempt 1  .*   reward \S+\n attempt 2  .*   reward \S+\n"
+    assert len(re.findall(conversation, printed)) == 2  # the base has no samples
+    (tmp_path / "with/checkpoint.pt").unlink()
+    train.drive(score.open_run(tmp_path / "with"))
+    assert [{key: row[key] for key in train.DEV if key in row}
+            for row in lines(tmp_path / "with/log.jsonl")] == dev  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [["--stage2-steps", "9"], ["--preset=math"], ["--run", "new"]])
+def test_a_run_is_not_lengthened_and_the_line_says_what_to_do(tmp_path, capsys, more):
+    c = train.Config(**wide.SMALL | dict(sft_steps=1, method="base"))
+    folder = score.create(c, tmp_path / "run")
+    train.drive(score.open_run(folder))
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    for argv in (["--resume", str(folder), *more], [*more, f"--resume={folder}"]):
+        assert train.main(argv) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "--resume takes all settings from the run" in error
+        assert "--export RUN NEW, and train from --checkpoint NEW" in error
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
