@@ -1,1 +1,1 @@
-"""The paper's baselines and ablations: methods, runs, measures, tables, figures."""
+"""The paper's baselines and ablations: methods, runs, measures, tables."""

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from score import parse
-from study import figures, tables
+from study import tables
 from study.measure import command, jobs, run_all
 from study.methods import Config
 from study.tables import VARIANTS
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
         "--tune": dict(action="store_true", help="three learning rates, split dev"),
         "--only": dict(nargs="+", choices=NAMES, help="some methods, and SCoRe"),
     }
-    return command(argv, "study", own, collect, tables.text, figures.draw)
+    return command(argv, "study", own, collect, tables.text)
 
 
 if __name__ == "__main__":

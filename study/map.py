@@ -5,7 +5,7 @@ levels of that, and for some of how often it spoils a right one, each seed's bas
 and all methods start from it. Runs are done, kept and resumed as those of `python -m study`.
 
     python -m study.map            # both tasks, five seeds
-    python -m study.map --table study/results/map.json    # its tables and figures again
+    python -m study.map --table study/results/map.json    # its tables again
 """
 
 import sys
@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from score import parse
-from study import figures
 from study.measure import Job, command, curve, jobs, run_all
 from study.methods import EACH, KEYS, KINDS, Config
 from study.tables import TITLES, markdown, values
@@ -29,7 +28,6 @@ OWN = ("right_revisions", "careless")  # settings that make a level
 METRICS = ("acc_t1", "acc_t2", "delta", "delta_c_to_i", "changed")
 RATES = ("repair_rate", "spoil_rate")  # of the base, sampled
 MORE = 2.5  # times as many problems are they measured on
-REASONS = ("multi_turn", "multi_turn"), ("score", "stage1")  # names and phases compared
 
 # --- runs -----------------------------------------------------------------------------------------
 
@@ -114,12 +112,6 @@ def table(levels: dict, spoils: bool) -> str:
     return markdown(f"| {' | '.join(titles)} |", rows)
 
 
-def reasons(group: dict) -> dict[str, list[list[dict]]]:
-    """Return the curves by seed of each of REASONS, of the runs of a level."""
-    return {phase: [[row for row in run["curve"] if row["phase"] == phase] for run in group[name]]
-            for name, phase in REASONS}  # fmt: skip
-
-
 def text(data: dict) -> str:
     """Return what was run, and all tables, as Markdown."""
     runs, about = data["runs"], f"options: {data['options'] or 'none'}"
@@ -132,18 +124,9 @@ def text(data: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw(data: dict, folder: Path) -> None:
-    """Write the figures."""
-    for spoils, name in enumerate(("map", "map-spoils")):
-        if tasks := by_level(data["runs"], spoils):
-            figures.draw_map(tasks, RATES[spoils], folder / f"{name}.png")
-    tasks = by_level(data["runs"], False)
-    figures.draw_reasons({x: reasons(y[AT]) for x, y in tasks.items()}, folder / "reasons.png")
-
-
 def main(argv: list[str]) -> int:
     """Make the map, or go on with it; return the exit status."""
-    return command(argv, "study.map", {"--task": dict(nargs="+")}, collect, text, draw)
+    return command(argv, "study.map", {"--task": dict(nargs="+")}, collect, text)
 
 
 if __name__ == "__main__":

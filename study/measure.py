@@ -69,7 +69,7 @@ def work(job: Job) -> dict:
             return json.loads(path.read_text())
         drive(run)
         found = dict(name=job.name, commit=job.commit, threads=torch.get_num_threads())
-        found |= report(run, job.split, job.n) | dict(config=asdict(run.config))
+        found |= report(run, job.split, job.n)[0] | dict(config=asdict(run.config))
         found["curve"] = curve(run.folder, ("acc_t1", "acc_t2", "changed"), of=5)
         del found["examples"]
     found["wall_seconds"] = round(time.monotonic() - start, 1) if new else None
@@ -138,11 +138,11 @@ OPTIONS = {
 REFUSED = "--run", "--resume", "--base", "--seed", "--method"  # which a study itself sets
 
 
-def command(argv, prog: str, options: dict, collect, text, draw) -> int:
-    """Do a study, or go on with it; write its JSON, tables and figures. Return the exit status.
+def command(argv, prog: str, options: dict, collect, text) -> int:
+    """Do a study, or go on with it; write its JSON and its tables. Return the exit status.
 
     options: its own. collect: `(args, words) -> (path, data)`, which trains and measures what is
-    asked for; text, draw: `(data) -> str` and `(data, folder)`.
+    asked for. text: of the data, its tables.
     """
     about = "Further options, for all runs: those of study.methods."
     parser = argparse.ArgumentParser(f"python -m {prog}", description=about, allow_abbrev=False)
@@ -159,7 +159,6 @@ def command(argv, prog: str, options: dict, collect, text, draw) -> int:
         data = json.loads(path.read_text())
         path.with_suffix(".md").write_text(text(data))
         print("\n" + text(data))
-        draw(data, path.parent)
     except KeyboardInterrupt:
         print("stopped; finished runs are kept: the same command goes on", file=sys.stderr)
         return 130

@@ -20,7 +20,7 @@ import score
 import verify
 from ports import engines, one_row
 from scale import train
-from study import figures, tables
+from study import tables
 from tests.bench import bench_busy, bench_memory, bench_rollout, bench_verify, speed
 from tests.scale import tiny
 from tests.scale.test_problems import GSM8K, MBPP
@@ -129,7 +129,6 @@ def reader(monkeypatch):
     monkeypatch.setattr(rollout, "find_task", tiny_task)  # of score.py as a main program
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", AtOnce)
-    monkeypatch.setattr(figures, "draw", lambda *_: None)  # tests/study draws them
     presets = {name: options + PRESET for name, options in train.PRESETS.items()}
     monkeypatch.setattr(train, "PRESETS", presets)
     yield stand

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -12,8 +13,9 @@ import pytest
 
 import score
 from study import __main__ as study
-from study import figures, measure, methods, tables
 from study import map as study_map
+from study import measure, methods, tables
+from tests import figures
 from tests.study.test_methods import TINY, same, weights
 
 ROOT = Path(__file__).parents[2]
@@ -57,10 +59,10 @@ def finished(tmp_path_factory):
     return runs, done.stdout
 
 
-def test_a_study_ends_with_one_json_tables_and_figures(finished):
+def test_a_study_ends_with_one_json_and_tables(finished):
     runs, said = finished
     folder = runs / "study-part-results"
-    names = {"study-part.json", "study-part.md", "curves.png"}
+    names = {"study-part.json", "study-part.md"}
     assert {path.name for path in folder.iterdir()} == names
     assert (folder / "study-part.md").read_text() in said and "10/10" in said
     found = json.loads((folder / "study-part.json").read_text())
@@ -196,11 +198,12 @@ def test_other_tables_by_hand():
     assert cut(tables.tuning(tuned))[2] == ["SCoRe", "50.0 (+40.0)", "**60.0 (+50.0)**"]
 
 
-def test_without_matplotlib_the_error_names_the_command(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ValueError, match="pip install matplotlib=="):
-        figures.draw([run_of(x, 0, 0.6, 0.9) for x in ("score", "multi_turn")], tmp_path)
+def test_figures_are_drawn_beside_their_data(tmp_path):
+    for name in ("study", "map"):
+        shutil.copy(RESULTS / f"{name}.json", tmp_path)
+        figures.main(tmp_path / f"{name}.json")
+    drawn = {path.stem for path in tmp_path.glob("*.png")}
+    assert drawn == {"curves", "map", "map-spoils", "reasons"}
 
 
 # --- the documents --------------------------------------------------------------------------------
@@ -339,7 +342,7 @@ def test_what_is_said_of_the_map_holds():
     assert all(well for well, level in alone if level > 0.01)
     early = {phase: measure.mean([x for curve in curves for x in curve if x["step"] <= 30],
                                  methods.KEYS)
-             for phase, curves in study_map.reasons(levels[study_map.AT]).items()}  # fmt: skip
+             for phase, curves in figures.reasons(levels[study_map.AT]).items()}  # fmt: skip
     control, stage1 = early["multi_turn"], early["stage1"]
     assert (round(control["changed_wrong"], 2), round(control["copied_wrong"], 2)) == (-0.09, -0.19)
     norms = round(control["norm2"], 2), round(control["norm1"], 1), round(stage1["norm1"], 1)
@@ -364,7 +367,7 @@ def test_what_is_said_of_the_map_holds():
     assert sum(x > y for x, y in t2) == 5
     for group in levels.values():
         norms = {phase: np.mean([x["norm1"] for rows in curves for x in rows if x["step"] <= 30])
-                 for phase, curves in study_map.reasons(group).items()}  # fmt: skip
+                 for phase, curves in figures.reasons(group).items()}  # fmt: skip
         assert 5 < norms["stage1"] < 15 and norms["stage1"] > norms["multi_turn"]
 
 

@@ -1,14 +1,22 @@
-"""How does the study look? Its training curves, and the figures of study/map.py.
+"""How does the study look? Draws its training curves, or the figures of its map, beside a JSON.
 
 Lines are means over seeds, in per cent if nothing else is said; bands are one standard error.
 
-    python -m study --table study/results/study.json    # draws beside it; needs matplotlib
+    python tests/figures.py study/results/study.json
+    python tests/figures.py study/results/map.json
 """
 
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rcParams
+from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from study.map import AT, RATES, by_level
 from study.tables import TITLES, grouped, mean_error, values
 
 COLOURS = {  # Okabe and Ito's, told apart by the colour-blind
@@ -32,20 +40,17 @@ REASONS = [  # panels: title, y, factor, and keys of a curve by label
      {", changed": "changed_wrong", ", copied": "copied_wrong"}),
     ("gradient of each attempt", "norm", 1, {", attempt 2": "norm2", ", attempt 1": "norm1"}),
 ]  # fmt: skip
+BRANCHES = ("multi_turn", "multi_turn"), ("score", "stage1")  # names and phases of REASONS
 STYLES, MARKERS = (("-", 1.5), ("--", 2)), "oDs^vP"  # dashed over plain: both are seen
 LEAST = 0.02  # per cent: lower rates are drawn here, as a log axis has no 0
 TICKS = [x * 10**n for n in (-2, -1, 0, 1) for x in (1, 3)] + [100]
 
 
 def grid(rows: int):
-    """Return a figure, and its axes in rows of three; ValueError if matplotlib is missing."""
-    try:
-        from matplotlib import figure, rcParams
-    except ImportError:
-        raise ValueError("the figures need: pip install matplotlib==3.11.2") from None
+    """Return a figure, and its axes in rows of three."""
     rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
                      "grid.alpha": 0.25, "axes.titlesize": 11})  # fmt: skip
-    made = figure.Figure((10, 0.5 + 3.2 * rows), layout="constrained")
+    made = Figure((10, 0.5 + 3.2 * rows), layout="constrained")
     return made, made.subplots(rows, 3, squeeze=False)
 
 
@@ -110,6 +115,12 @@ def draw_map(tasks: dict, rate: str, path: Path) -> None:
     save(figure, path)
 
 
+def reasons(group: dict) -> dict[str, list[list[dict]]]:
+    """Return the curves by seed of each of BRANCHES, of the runs of a level."""
+    return {phase: [[row for row in run["curve"] if row["phase"] == phase] for run in group[name]]
+            for name, phase in BRANCHES}  # fmt: skip
+
+
 def draw_reasons(tasks: dict, path: Path) -> None:
     """Write what the two attempts' gradients were made of. tasks: by name, `methods` of `lines`."""
     figure, axes = grid(len(tasks))
@@ -119,3 +130,22 @@ def draw_reasons(tasks: dict, path: Path) -> None:
             axis.set(title=title, xlabel=f"{where}: step", ylabel=ylabel)
         row[2].set(yscale="log", ylim=(1e-3, None))
     save(figure, path)
+
+
+def draw_maps(data: dict, folder: Path) -> None:
+    """Write the figures of a map."""
+    for spoils, name in enumerate(("map", "map-spoils")):
+        if tasks := by_level(data["runs"], spoils):
+            draw_map(tasks, RATES[spoils], folder / f"{name}.png")
+    tasks = by_level(data["runs"], False)
+    draw_reasons({x: reasons(y[AT]) for x, y in tasks.items()}, folder / "reasons.png")
+
+
+def main(path: Path) -> None:
+    """Draw what a file has."""
+    data = json.loads(path.read_text())
+    (draw if isinstance(data, list) else draw_maps)(data, path.parent)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
