@@ -63,9 +63,10 @@ class Asked(Config):
     def __post_init__(self):
         super().__post_init__()
         used, defaults = METHODS[self.method], find_task(self.task)[1]
-        for name in (x for x in SOME if x not in used):
+        for name in (x for x in SOME if x not in used or (x == "beta2" and not self.stage1_steps)):
             if (value := getattr(self, name)) != defaults.get(name, getattr(Config, name)):
-                raise ValueError(f"--method {self.method} does not use --{name}, got {value}")
+                steps = f"{self.stage1_steps} + {self.stage2_steps} steps"
+                raise ValueError(f"{self.method} of {steps} does not use --{name}, got {value}")
 
 
 # --- stages: who is paid, who is held -------------------------------------------------------------

@@ -395,7 +395,7 @@ def test_a_method_uses_just_the_settings_that_are_said_of_it(monkeypatch, tmp_pa
     assert trained(tmp_path / "others", method=method, **others) == usual
     methods.Asked(method=method, **{name: CHANGED[name] for name in used})
     for name, x in (others | dict(control=0)).items():
-        with pytest.raises(ValueError, match=f"--method {method} does not use --{name}, got {x}$"):
+        with pytest.raises(ValueError, match=f"{method} of .* does not use --{name}, got {x}$"):
             methods.Asked(method=method, **{name: x})
 
 
@@ -408,8 +408,11 @@ def test_the_command_refuses_what_its_method_does_not_use_and_a_task_has_its_own
     monkeypatch.setattr(sys, "argv", [*given, "--alpha", "10"])
     with pytest.raises(SystemExit, match="^2$"):
         runpy.run_path(methods.__file__, run_name="__main__")
-    error = "score.py: error: --method multi_turn does not use --alpha, got 10.0"
+    error = "score.py: error: multi_turn of 100 + 30 steps does not use --alpha, got 10.0"
     assert capsys.readouterr().err.splitlines() == [error] and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="score of 0 . 30 steps does not use --beta2, got 3.0"):
+        methods.Asked(stage1_steps=0, beta2=3.0)
+    score.parse(["--stage1-steps=0", "--beta2=3"], methods.Config)  # a study's, of many methods
 
 
 RESUMED = {
