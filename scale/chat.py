@@ -16,18 +16,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 SYSTEM = {
-    "math": (
-        "Solve the problem. Reason step by step, and end with the final answer, and nothing else, "
-        r"inside \boxed{}."
-    ),
-    "code": (
-        "Solve the task in Python. Give the whole program, imports and helper functions included, "
-        "in one block that begins with ```python and ends with ```. Leave out tests and examples."
-    ),
-}
-CHECK = (
-    "There may or may not be a mistake in your answer. Check it, correct what is wrong, and give "
-)
+    "math": "Solve the problem. Reason step by step, and end with the final answer, and nothing "
+            r"else, inside \boxed{}.",
+    "code": "Solve the task in Python. Give the whole program, imports and helper functions "
+            "included, in one block that begins with ```python and ends with ```. Leave out tests "
+            "and examples.",
+}  # fmt: skip
+CHECK = ("There may or may not be a mistake in your answer. Check it, correct what is wrong, "
+         "and give ")  # fmt: skip
 REVISION = {
     "math": CHECK + r"the whole solution again, with the final answer inside \boxed{}.",
     "code": CHECK + "the whole program again, in one ```python block.",

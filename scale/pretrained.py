@@ -113,11 +113,10 @@ def read_config(folder: str | Path) -> dict:
     return sizes | dict(
         rope_theta=number(rope, "rope_theta", float, 10_000),
         norm_eps=number(raw, "rms_norm_eps", float, 1e-6),
-        qkv_bias=family == "qwen2",
         tied_head=bool(raw.get("tie_word_embeddings", False)),
         head_dim=number(raw, "head_dim", int, head_dim),
-        qk_norm=family == "qwen3",
-    )
+        qkv_bias=family == "qwen2", qk_norm=family == "qwen3",
+    )  # fmt: skip
 
 
 def config_json(config: GPTConfig, dtype: torch.dtype) -> dict:

@@ -81,15 +81,11 @@ def task(c) -> Task:
 
     made = Task(
         draw=lambda n, split, rng: [problem for problem, _ in draw(n, split, rng)],
-        documents=documents,
-        encode=encode,
+        documents=documents, encode=encode, end_id=end_id,
         decode=partial(tokenizer.decode, skip_special_tokens=False),  # an id without token: ""
         instruction=chat.fill(tokenizer, form.after + form.user, chat.REVISION[c.task]),
-        end_id=end_id,
-        vocab_size=sizes["vocab_size"],
-        max_new=c.max_new,
-        max_positions=sizes["max_positions"],
-    )
+        vocab_size=sizes["vocab_size"], max_new=c.max_new, max_positions=sizes["max_positions"],
+    )  # fmt: skip
     check(c, made, splits)
     return made
 
@@ -100,10 +96,9 @@ def check(c, made: Task, splits: dict) -> None:
     rows = splits["train"]
     needed = max(c.batch // c.group, c.sft_batch if c.sft_steps else 0)
     if c.train and len(rows) < needed:
-        raise ValueError(
-            f"--train {c.train}: a step needs {needed} problems (--batch / --group, --sft-batch); "
-            f"it has {len(rows)}, without a tenth for dev and those in --test"
-        )
+        raise ValueError(f"--train {c.train}: a step needs {needed} problems (--batch / --group, "
+                         f"--sft-batch); it has {len(rows)}, without a tenth for dev and those in "
+                         "--test")  # fmt: skip
     if c.sft_steps and not all(answer for _, answer in rows):
         raise ValueError(f"--train {c.train} has problems without a worked answer to imitate: "
                          f"--sft-steps must be 0, got {c.sft_steps}")  # fmt: skip
@@ -113,7 +108,6 @@ def check(c, made: Task, splits: dict) -> None:
         prompts, (answers,) = made.documents(len(rows), np.random.default_rng(0))
         most = max(most, *(len(x) + len(y) for x, y in zip(prompts, answers, strict=True)))
     if most > made.max_positions:
-        raise ValueError(
-            f"--max-new {c.max_new}: a problem with its answers takes up to {most} tokens, "
-            f"--checkpoint {c.checkpoint} reads {made.max_positions}"
-        )
+        raise ValueError(f"--max-new {c.max_new}: a problem with its answers takes up to {most} "
+                         f"tokens, --checkpoint {c.checkpoint} reads "
+                         f"{made.max_positions}")  # fmt: skip

@@ -79,9 +79,8 @@ class Config(methods.Config):
     eval_every: int = 0  # steps between evaluations on --eval-n problems of split dev; 0: none
     tensorboard: int = 0  # 1: write what is logged for TensorBoard, too
 
-    limits: ClassVar = methods.Config.limits | dict(
-        recompute=(0, 1), save_every=(1, 10**9), tensorboard=(0, 1), sft_steps=(0, 10**9),
-    )  # fmt: skip
+    limits: ClassVar = methods.Config.limits | dict(recompute=(0, 1), save_every=(1, 10**9),
+        tensorboard=(0, 1), sft_steps=(0, 10**9))  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()
@@ -171,12 +170,11 @@ def take_steps(run: score.Run) -> None:
 
 
 def look(run: score.Run, main: bool) -> dict:
-    """Return the five metrics of greedy answers on split dev, the same in all processes; the main
-    one shows an answer of the last batch."""
+    """Show a conversation of the last batch; return the five metrics on split dev, greedy."""
     model = frozen(run.policy, processes.gathered(run.policy.state_dict()), run.config)
     if main and hasattr(run, "sample"):
         problem, r, rewards = run.sample
-        print(f"   problem  {printable(problem.prompt)}")
+        print("   problem ", printable(problem.prompt))
         for k, reward in enumerate(rewards, start=1):
             print(f" attempt {k}  {printable(texts(r, k, run.task)[0])}   reward {reward}")
     drawn = run.task.draw(run.config.eval_n, "dev", np.random.default_rng(0))
@@ -210,8 +208,7 @@ def opened(folder: Path, test: str, others: list[str], argv: list[str]) -> score
 
 
 def export(argv: list[str]) -> None:
-    """Write the weights of a run's phase, by default the last finished one, as an open checkpoint,
-    with the tokenizer of the one that it started from."""
+    """Write a run's phase, by default the last finished one, as an open checkpoint."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--export", nargs=2, metavar=("RUN", "NEW"))
     parser.add_argument("--phase")
@@ -221,8 +218,7 @@ def export(argv: list[str]) -> None:
     names = [phase.name for phase in run.phases[: run.phase]]
     if not names or args.phase not in (None, *names):
         raise ValueError(f"{run.folder} has finished {names}: cannot export {args.phase or 'any'}")
-    path = run.folder / f"{args.phase or names[-1]}.pt"
-    run.policy.load_state_dict(load(path)["model"])
+    run.policy.load_state_dict(load(run.folder / f"{args.phase or names[-1]}.pt")["model"])
     source = getattr(run.config, "checkpoint", "") or None
     pretrained.save(run.policy.to(DTYPES[args.dtype]), args.export[1], source)
 

@@ -294,3 +294,26 @@ def test_a_run_is_not_lengthened_and_the_line_says_what_to_do(tmp_path, capsys, 
         assert error.count("\n") == 1 and "--resume takes all settings from the run" in error
         assert "--export RUN NEW, and train from --checkpoint NEW" in error
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("gone", ["checkpoint", "train", "test"])
+def test_a_folder_or_file_that_has_moved_is_named(tmp_path, options, checkpoint, capsys, gone):
+    """By eval.py, --resume and --export; a run goes on when it is back, as another link, too."""
+    Path("model").symlink_to(checkpoint)
+    folder, c = train.parse(options("math", checkpoint="model"))
+    score.create(c, folder)
+    path = folder / "config.json"
+    about = json.loads(path.read_text())
+    new = about["config"][gone] + "-moved"
+    path.write_text(json.dumps(about | {"config": about["config"] | {gone: new}}))
+    before = path.read_bytes()
+    for work in (
+        lambda: evaluation.main([str(folder)]), lambda: train.main(["--resume", str(folder)]),
+        lambda: train.main(["--export", str(folder), "new"]),
+    ):  # fmt: skip
+        assert work() == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and new in error and "No such file" in error
+    assert path.read_bytes() == before and not Path("new").exists()
+    Path(new).symlink_to(about["config"][gone])  # where the run looks for it
+    assert score.open_run(folder).phase == 0
