@@ -15,7 +15,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from ports.check_port import contract
-from study.figures import save
 from study.tables import markdown
 
 TITLES = "| id | turn | log p | log q | KL | A | w | w KL | later | A − later |"
@@ -76,7 +75,7 @@ def draw(stage: str, path: Path) -> None:
         start = stop
     axes[2].axhline(0, color="black", lw=0.8)
     axes[2].set(xlim=(-0.5, start), xlabel="id of the token", xticks=x, xticklabels=ids)
-    save(figure, path)
+    figure.savefig(path, dpi=144, metadata={"Software": None})
 
 
 if __name__ == "__main__":
