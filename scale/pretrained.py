@@ -205,10 +205,8 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> GPT:
     views = parts(config, tensors)
     extra = {name for name in where if name.endswith("rotary_emb.inv_freq")}  # of older folders
     extra |= {"lm_head.weight"} if config.tied_head else set()
-    for fault, names in (
-        ("lacks", views.keys() - where.keys()),
-        ("has, unexpectedly,", where.keys() - views.keys() - extra),
-    ):
+    for fault, names in (("lacks", views.keys() - where.keys()),
+                         ("has, unexpectedly,", where.keys() - views.keys() - extra)):  # fmt: skip
         if names:
             raise ValueError(f"{folder} {fault} {len(names)} tensors, first {min(names)}")
     for name, view in views.items():
