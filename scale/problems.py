@@ -22,6 +22,10 @@ from tasks import files
 
 def digests(c) -> dict[str, str]:
     """Return the SHA-256 of the files of problems, which a run is bound to."""
+    for option, path in (("train", c.train), ("test", c.test)):
+        if not Path(path).is_file():
+            raise ValueError(f"--{option} {path} is not a file; a run goes on with files that have "
+                             f"moved by --resume RUN --{option} FILE")  # fmt: skip
     return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in (c.train, c.test)}
 
 

@@ -20,7 +20,7 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -51,6 +51,7 @@ PRESETS = {
     "mbpp": "--run runs/mbpp --lr 1e-5 --stage1-steps 750 --stage2-steps 750 --batch 128 "
     "--beta2 0.25 --max-new 512 " + BOTH,
 }
+MOVED = "--checkpoint", "--train", "--test"  # may be elsewhere when a run goes on
 DEV = ("dev_acc_t1", "dev_acc_t2", "dev_delta", "dev_delta_i_to_c", "dev_delta_c_to_i")
 TASKS = {"math": "math", "mbpp": "code"}
 MIB = 2**20 if sys.platform == "darwin" else 2**10  # in units of the system's resident memory
@@ -223,9 +224,31 @@ def export(argv: list[str]) -> None:
     pretrained.save(run.policy.to(DTYPES[args.dtype]), args.export[1], source)
 
 
+def move(folder: Path, given: dict[str, str]) -> None:
+    """Tell a run where its checkpoint and files are now; ValueError if they are not what it began
+    with."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a run: no {path}")
+    about = json.loads(path.read_text())
+    about["config"] |= given
+    c = Config(**about["config"])  # with whole paths
+    new_run(c, folder)
+    path.with_suffix(".part").write_text(json.dumps(about | {"config": asdict(c)}, indent=2) + "\n")
+    path.with_suffix(".part").replace(path)
+
+
 def parse(argv: list[str]):
     """Return what `score.parse` does, a preset's options first."""
     names = {x.partition("=")[0] for x in argv if x.startswith("--")}
+    if "--resume" in names and len(names) > 1 and names <= {"--resume", *MOVED}:
+        parser = argparse.ArgumentParser(allow_abbrev=False)
+        for name in ("--resume", *MOVED):
+            parser.add_argument(name)
+        given = {name: x for name, x in vars(parser.parse_args(argv)).items() if x}
+        folder = Path(given.pop("resume"))
+        move(folder, given)
+        return folder, None
     if len(names) > 1 and "--resume" in names:
         raise ValueError("--resume takes all settings from the run, whose rate ends at 0: to train "
                          "longer, --export RUN NEW, and train from --checkpoint NEW")  # fmt: skip

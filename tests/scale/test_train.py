@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -298,8 +299,8 @@ def test_a_run_is_not_lengthened_and_the_line_says_what_to_do(tmp_path, capsys, 
 
 @pytest.mark.parametrize("gone", ["checkpoint", "train", "test"])
 def test_a_folder_or_file_that_has_moved_is_named(tmp_path, options, checkpoint, capsys, gone):
-    """By eval.py, --resume and --export; a run goes on when it is back, as another link, too."""
-    Path("model").symlink_to(checkpoint)
+    """By eval.py, --resume and --export; --resume takes the new place, if it has the same."""
+    shutil.copytree(checkpoint, "model")
     folder, c = train.parse(options("math", checkpoint="model"))
     score.create(c, folder)
     path = folder / "config.json"
@@ -313,7 +314,13 @@ def test_a_folder_or_file_that_has_moved_is_named(tmp_path, options, checkpoint,
     ):  # fmt: skip
         assert work() == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and new in error and "No such file" in error
+        assert error.count("\n") == 1 and new in error
+        assert ("No such file" if gone == "checkpoint" else f"--resume RUN --{gone} FILE") in error
     assert path.read_bytes() == before and not Path("new").exists()
-    Path(new).symlink_to(about["config"][gone])  # where the run looks for it
+    other = {"checkpoint": "nothing", "train": c.test, "test": c.train}[gone]
+    assert train.main(["--resume", str(folder), f"--{gone}", other]) == 2
+    assert path.read_bytes() == before
+    moved = Path(about["config"][gone]).rename("elsewhere")
+    assert train.parse(["--resume", str(folder), f"--{gone}={moved}"]) == (folder, None)
+    assert json.loads(path.read_text())["config"][gone] == str(moved.resolve())
     assert score.open_run(folder).phase == 0
