@@ -240,7 +240,7 @@ def check(results: dict, cases: dict[str, dict]) -> dict[tuple[str, str], Verdic
         if not isinstance(quantities, dict):
             raise ValueError(f"case {name!r} must be an object, got {shape(quantities)}")
         for quantity in quantities:
-            known(f"quantity of case {name!r} named", quantity, list(cases[name]["outputs"]))
+            known("quantity", quantity, list(ORDER))
     found = {}
     for quantity in ORDER:
         for name, case in cases.items():
@@ -339,14 +339,24 @@ def missing(found: dict, named: bool) -> list[str]:
     return [f"missing: {', '.join(parts)} (--missing names them)"]
 
 
+def beside(found: dict, results: dict) -> list[str]:
+    """Return a line for each case with the quantities in the results that it does not ask for."""
+    lines = []
+    for case, quantities in results.items():
+        if names := [x for x in quantities if (x, case) not in found]:
+            lines.append(f"{len(names)} not asked for in {case}: {', '.join(names)}")
+    return [textwrap.fill(line, 99, subsequent_indent="    ") for line in lines]
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command line, whose help tells the format."""
     lines = [
         "A golden file is {about, cases: {case: {inputs, outputs}}}; read `about` first.",
         "RESULTS.json is {case: {quantity: values}}, numbers in nested lists. The cases:",
         textwrap.fill(", ".join(contract()), 99, initial_indent="  ", subsequent_indent="  "),
-        "Quantities may be left out, cases too; what is missing is counted. In order of",
-        "dependency, STAGE being stage1 or stage2, FORM exact or k1:",
+        "Quantities may be left out, cases too, and there may be some that a case does not ask",
+        "for: both are told. In order of dependency, STAGE being stage1 or stage2, FORM exact or",
+        "k1:",
         *(f"  {name:<23} {what}" for name, _, what, _ in ROWS),
         "B rows (G of each problem, side by side), T tokens, S = T - 1 scored positions: position",
         "s predicts token s + 1. V vocabulary. A difference is told as a share of the quantity's",
@@ -371,14 +381,15 @@ def main(argv: list[str]) -> int:
     """Compare, print. Return the exit status."""
     try:
         asked = parser().parse_args(argv)
-        found = check(read(asked.results), contract())
+        results = read(asked.results)
+        found = check(results, contract())
     except ValueError as error:
         print(f"check_port.py: error: {error}", file=sys.stderr)
         return 2
     tolerance = TOLERANCE[asked.dtype]
     first = first_difference(found, tolerance)
     there = sum(v is not None for v in found.values())
-    lines = [listing(found, tolerance), *missing(found, asked.missing)]
+    lines = [listing(found, tolerance), *missing(found, asked.missing), *beside(found, results)]
     lines += ["", f"{there} of {len(found)} pairs of quantity and case "
              "compared: " + ("some differ" if first else "all agree")]  # fmt: skip
     lines += ["", differences(found, first, asked.dtype)] if first else []

@@ -234,6 +234,13 @@ def test_what_is_missing_is_one_line_and_no_line_if_nothing_is(capsys, tmp_path)
     assert lines == ["missing: 2 in pairs, whole cases 1 (--missing names them)"]
 
 
+def test_what_a_case_does_not_ask_for_is_counted_and_the_rest_compared(capsys, tmp_path):
+    outputs = CASES["two_rows"]["outputs"]
+    results = {"two_rows": {"logits": [1], "ids": outputs["ids"], "logp": [1]}}
+    status, said = told(capsys, tmp_path / "results.json", results)
+    assert status == 0 and "\n2 not asked for in two_rows: logits, logp\n\n1 of " in said
+
+
 @pytest.mark.parametrize(
     ("dtype", "coarse", "off"), [("float64", "float32", 1e-7), ("float32", "bfloat16", 1e-2)]
 )
@@ -267,7 +274,8 @@ def test_behind_a_difference_of_rounding_the_first_large_one_is_told(
         ({"pairs": {}}, "no quantity of any case"),
         ({"pears": {}}, "there is no case 'pears'; is it 'pairs'?"),
         ({"pairs": [1, 2]}, "case 'pairs' must be an object, got [2]"),
-        ({"pairs": {"lenght": [1]}}, "quantity of case 'pairs' named 'lenght'; is it 'length'?"),
+        ({"pairs": {"lenght": [1]}}, "there is no quantity 'lenght'; is it 'length'?"),
+        ({"two_rows": {"logits": [1]}}, "no quantity of any case"),
         ({"pairs": {"length": [9, "9"]}}, "pairs.length[1] is '9', which is no number"),
     ],
 )
