@@ -122,7 +122,7 @@ ROWS = (
      "the gradient by the logits agrees: the model's backward pass; or it was clipped"),
     ("STAGE_FORM_grad_norms", "weights", "{weight: norm}", "one weight's backward pass"),
     ("STAGE_FORM_grad_entries", "weights", "{weight: [its first entry, its last]}",
-     "transposed, or heads in another order"),
+     "transposed, or heads in another order; in bfloat16 the KL's gradient"),
     # whether it helped
     *((name, "reward", what, "rates are of all problems, repair and spoil rate of the wrong and "
        "the right first attempts") for name, what in (
@@ -371,7 +371,8 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=TOLERANCE, default="float64",
         help="the coarsest that a part of the port computes in. float64: NumPy, JAX with x64, "
         "verl's loss. float32: transformers and TRL, for float64 weights, too, as their norms and "
-        "rotary tables are in float32. bfloat16: autocast. Default: float64",
+        "rotary tables are in float32. bfloat16: autocast. That shows mistakes of the KL in "
+        "Stage I's gradients; in Stage II's, advantages hide most of them. Default: float64",
     )  # fmt: skip
     found.add_argument("--missing", action="store_true", help="name what is missing")
     return found

@@ -148,18 +148,34 @@ MUTANTS = {  # of the NumPy port: the first quantity that differs, and an edit o
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_a_wrong_port_is_told_what_it_got_wrong_first(name):
-    """A mistake is larger than what any dtype's tolerance allows."""
-    expected, old, new = MUTANTS[name]
+def edited(old, new):
+    """Return what the NumPy port makes of the cases after an edit of its source."""
     source = (PORTS / "numpy_port.py").read_text()
     assert source.count(old) == 1, f"{source.count(old)} of {old!r}"
     module = {"__name__": "port", "__file__": str(PORTS / "numpy_port.py")}
     exec(compile(source.replace(old, new), "numpy_port.py", "exec"), module)
-    results = module["results"]()
+    return module["results"]()
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_port_is_told_what_it_got_wrong_first(name):
+    """A mistake is larger than what any dtype's tolerance allows."""
+    expected, old, new = MUTANTS[name]
+    results = edited(old, new)
     assert {dtype: first(results, dtype) for dtype in TOLERANCE} == dict.fromkeys(
         TOLERANCE, expected
     )
+
+
+SLOPE, LATER = "weight_BS[..., None] * slope_BSV +", "weight_BS * ahead_BS -"
+
+
+@pytest.mark.parametrize(("old", "new"), [(SLOPE, ""), (LATER, "-")], ids=["detached", "no later"])
+def test_bfloat16_sees_mistakes_of_the_kl_in_stage_1_alone(old, new):
+    outputs = edited(old, new)["pairs"]
+    names = "stage1_exact_gradient", "stage2_exact_gradient"
+    one, two = ({"pairs": {x: outputs[x]}} for x in names)
+    assert first(two, "float32") and first(one, "bfloat16") and first(two, "bfloat16") is None
 
 
 PROGRAM = {  # the same of model and sampler
