@@ -56,7 +56,8 @@ ROWS = (
     # what the rows are
     ("ids", "exact", "[B, T] prompt, attempt 1, instruction, attempt 2, then zeros",
      "prompts not repeated side by side; padding between the parts; tokens behind an attempt's end "
-     "kept; text decoded and encoded again"),
+     "kept; text decoded and encoded again; in a port that samples, the temperature, or what else "
+     "sampled1 and sampled2 depend on"),
     ("length", "exact", "[B] real tokens of each row",
      "padding or an end-of-turn token counted that is not there, or one missing"),
     ("turn", "exact", "[B, S] the attempt, 1 or 2, of token s + 1, whoever wrote it; 0: of none",
@@ -99,8 +100,8 @@ ROWS = (
     ("STAGE_advantage2", "reward", "[B] return 2 less its baseline",
      "turns swapped; divided by the group's standard deviation, which would erase alpha"),
     ("STAGE_token_advantage", "reward", "[B, S] the advantage of each token by its token_turn",
-     "divided by the attempt's length; attempt 2's given to attempt 1's tokens; attempts that the "
-     "base wrote (offline1) given any"),
+     "divided by the attempt's length; attempt 2's given to attempt 1's tokens; a mask that "
+     "is late; attempts that the base wrote (offline1) given any"),
     # what holds them to the base
     ("kl_token_exact", "scored", "[B, S] KL(policy || base) over the vocabulary, 0 where turn is 0",
      "the order of its arguments; the temperature; mean over V"),
@@ -116,8 +117,8 @@ ROWS = (
     ("STAGE_FORM_loss", "scored", "[B] each row's, in value its weighted KLs alone",
      "advantage times log-probability is in the value, where it is in the gradient alone"),
     ("STAGE_FORM_gradient", "scored", "[B, S, V] of the mean over rows, by the policy's logits",
-     "a KL without its future term (a token also decides what comes later); k1, k2 or k3 "
-     "differentiated; 1 / temperature; sum, or mean over tokens, instead of mean over rows"),
+     "the KL is detached, or without its future term (a token also decides what comes later); k1, "
+     "k2 or k3 differentiated; 1 / temperature; sum, or mean over tokens, not mean over rows"),
     ("STAGE_FORM_grad_norm", "weights", "the norm of its gradient by all weights",
      "the gradient by the logits agrees: the model's backward pass; or it was clipped"),
     ("STAGE_FORM_grad_norms", "weights", "{weight: norm}", "one weight's backward pass"),

@@ -228,6 +228,17 @@ def test_what_is_told_of_the_first_difference(capsys, tmp_path):
     assert "not ruled out: ids, length, turn, " in said and "kl2_k1" in said
 
 
+@pytest.mark.parametrize(
+    ("quantity", "cause"),
+    [("ids", "the temperature, or what else sampled1 and sampled2 depend on"),
+     ("stage2_token_advantage", "a mask that is late"),
+     ("stage1_exact_gradient", "the KL is detached")],
+)  # fmt: skip
+def test_causes_that_show_only_there_are_named(capsys, tmp_path, quantity, cause):
+    wrong = {"triples": {quantity: [[0]]}}
+    assert cause in " ".join(told(capsys, tmp_path / "results.json", wrong)[1].split())
+
+
 def test_a_part_is_enough_and_some_is_not_compared_in_bfloat16(capsys, tmp_path):
     outputs = CASES["pairs"]["outputs"]
     content = {"pairs": {x: outputs[x] for x in ("greedy1", "stage2_exact_gradient")}}
