@@ -289,6 +289,10 @@ def explain(found: dict, key: tuple[str, str], dtype: str) -> str:
     before = [name for name in names[: names.index(q.name)] if found.get((name, key[1]), q) is None]
     if q.kind == "reward":  # what is paid and weighed depends on no model
         before = [name for name in before if ORDER[name].kind in ("exact", "reward")]
+    if q.kind in ("scored", "weights"):  # on samples through the rows alone
+        before = [name for name in before if ORDER[name].kind not in ("decoded", "drawn")]
+    for a, b in (("stage1", "stage2"), ("stage2", "stage1"), ("exact", "k1"), ("k1", "exact")):
+        before = [name for name in before if a not in q.name or b not in name]
     off = f"off by {verdict.error:.3g} times its largest entry; "
     lines = [
         verdict.where,
@@ -296,9 +300,10 @@ def explain(found: dict, key: tuple[str, str], dtype: str) -> str:
         f"it is: {q.what}",
         f"usual cause: {q.cause}",
     ]
-    if before:
-        lines.append(f"not in the results, and so not ruled out: {', '.join(before)}")
     told = [textwrap.fill(x, 99, initial_indent="  ", subsequent_indent="    ") for x in lines]
+    if before:
+        line = f"missing, and so not ruled out: {', '.join(before)}"
+        told.append("  " + textwrap.shorten(line, 97, placeholder=" .. (--missing)"))
     return "\n".join([f"{q.name} differs first, in case {key[1]}", *told])
 
 

@@ -225,7 +225,18 @@ def test_what_is_told_of_the_first_difference(capsys, tmp_path):
     assert max(map(len, lines)) <= 100
     wrong = dict(pairs=dict(stage2_k1_loss=results["pairs"]["stage1_k1_loss"]))
     _, said = told(capsys, tmp_path / "results.json", wrong)
-    assert "not ruled out: ids, length, turn, " in said and "kl2_k1" in said
+    last = said.splitlines()[-1]
+    assert "not ruled out: ids, length, turn, " in last and last.endswith(", .. (--missing)")
+
+
+def test_not_ruled_out_is_only_what_it_depends_on(capsys, tmp_path):
+    outputs = CASES["triples"]["outputs"]
+    upon = {"ids", "logp", "stage1_token_advantage", "kl2_exact", "stage1_exact_loss"}
+    not_upon = {"greedy1", "sampled_logp", "stage2_return1", "kl_token_k1", "stage1_k1_loss"}
+    there = outputs.keys() - upon - not_upon
+    results = {x: outputs[x] for x in there} | {"stage1_exact_gradient": [[0]]}
+    _, said = told(capsys, tmp_path / "results.json", {"triples": results})
+    assert {*said.split("not ruled out: ")[1].strip().split(", ")} == upon
 
 
 @pytest.mark.parametrize(
