@@ -66,7 +66,7 @@ ROWS = (
     ("token_turn", "exact", "[B, S] as turn, but 0 where another model wrote attempt 1",
      "attempts that the base wrote (offline1) are taken for actions of the policy"),
     # what the models say of them
-    ("logits", "scored", "[B, S, V] of the policy for token s + 1, 0 beyond the row",
+    ("logits", "scored", "[B, S, V] of the policy for token s + 1, 0 from the row's last token on",
      "weights laid out otherwise (weights.json, about); rotary pairs (k, k + K/2); cos and sin are "
      "rounded to float32 (about 1e-8); left padding; an attention mask"),
     ("ref_logits", "scored", "[B, S, V] of the base", "the base is the policy, or was trained"),
@@ -82,7 +82,7 @@ ROWS = (
      "the temperature; the noise taken by step instead of by row; the base's rows (offline1)"),
     ("sampled2", "decoded", "each row's second attempt, likewise by noise[1]",
      "the first attempt's last token not read before the instruction; an end of turn put in"),
-    ("sampled_logp", "drawn", "[B, S] as logp, but when the token was drawn; 0 where token_turn is",
+    ("sampled_logp", "drawn", "[B, S] as logp, as the token was drawn; 0 where token_turn is 0",
      "a key-value cache whose positions are off"),
     ("truncated", "decoded", "[B, 2] no end of turn within max_new tokens",
      "max_new counts the end of turn; told by the length alone"),
@@ -114,14 +114,15 @@ ROWS = (
     ("STAGE_token_kl_weight", "reward", "[B, S] by token_turn: beta1; in Stage I, 1: beta1 + beta2",
      "beta1 left out where beta2 is; attempts that the base wrote (offline1) given any"),
     # what is learned from it
-    ("STAGE_FORM_loss", "scored", "[B] each row's, in value its weighted KLs alone",
+    ("STAGE_FORM_loss", "scored", "[B] each row's sum of weighted KLs: not your loss's value",
      "advantage times log-probability is in the value, where it is in the gradient alone"),
     ("STAGE_FORM_gradient", "scored", "[B, S, V] of the mean over rows, by the policy's logits",
      "the KL is detached, or without its future term (a token also decides what comes later); k1, "
      "k2 or k3 differentiated; 1 / temperature; sum, or mean over tokens, not mean over rows"),
     ("STAGE_FORM_grad_norm", "weights", "the norm of its gradient by all weights",
      "the gradient by the logits agrees: the model's backward pass; or it was clipped"),
-    ("STAGE_FORM_grad_norms", "weights", "{weight: norm}", "one weight's backward pass"),
+    ("STAGE_FORM_grad_norms", "weights", "{weight, as in weights.json: norm}",
+     "one weight's backward pass"),
     ("STAGE_FORM_grad_entries", "weights", "{weight: [its first entry, its last]}",
      "transposed, or heads in another order; in bfloat16 the KL's gradient"),
     # whether it helped
