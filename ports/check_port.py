@@ -56,7 +56,8 @@ ROWS = (
     # what the rows are
     ("ids", "exact", "[B, T] prompt, attempt 1, instruction, attempt 2, then zeros",
      "prompts not repeated side by side; padding between the parts; tokens behind an attempt's end "
-     "kept; text decoded and encoded again"),
+     "kept; text decoded and encoded again; in a port that samples, the temperature, or what else "
+     "sampled1 and sampled2 depend on"),
     ("length", "exact", "[B] real tokens of each row",
      "padding or an end-of-turn token counted that is not there, or one missing"),
     ("turn", "exact", "[B, S] the attempt, 1 or 2, of token s + 1, whoever wrote it; 0: of none",
@@ -65,7 +66,7 @@ ROWS = (
     ("token_turn", "exact", "[B, S] as turn, but 0 where another model wrote attempt 1",
      "attempts that the base wrote (offline1) are taken for actions of the policy"),
     # what the models say of them
-    ("logits", "scored", "[B, S, V] of the policy for token s + 1, 0 beyond the row",
+    ("logits", "scored", "[B, S, V] of the policy for token s + 1, 0 from the row's last token on",
      "weights laid out otherwise (weights.json, about); rotary pairs (k, k + K/2); cos and sin are "
      "rounded to float32 (about 1e-8); left padding; an attention mask"),
     ("ref_logits", "scored", "[B, S, V] of the base", "the base is the policy, or was trained"),
@@ -81,7 +82,7 @@ ROWS = (
      "the temperature; the noise taken by step instead of by row; the base's rows (offline1)"),
     ("sampled2", "decoded", "each row's second attempt, likewise by noise[1]",
      "the first attempt's last token not read before the instruction; an end of turn put in"),
-    ("sampled_logp", "drawn", "[B, S] as logp, but when the token was drawn; 0 where token_turn is",
+    ("sampled_logp", "drawn", "[B, S] as logp, as the token was drawn; 0 where token_turn is 0",
      "a key-value cache whose positions are off"),
     ("truncated", "decoded", "[B, 2] no end of turn within max_new tokens",
      "max_new counts the end of turn; told by the length alone"),
@@ -99,8 +100,8 @@ ROWS = (
     ("STAGE_advantage2", "reward", "[B] return 2 less its baseline",
      "turns swapped; divided by the group's standard deviation, which would erase alpha"),
     ("STAGE_token_advantage", "reward", "[B, S] the advantage of each token by its token_turn",
-     "divided by the attempt's length; attempt 2's given to attempt 1's tokens; attempts that the "
-     "base wrote (offline1) given any"),
+     "divided by the attempt's length; attempt 2's given to attempt 1's tokens; a mask that "
+     "is late; attempts that the base wrote (offline1) given any"),
     # what holds them to the base
     ("kl_token_exact", "scored", "[B, S] KL(policy || base) over the vocabulary, 0 where turn is 0",
      "the order of its arguments; the temperature; mean over V"),
@@ -113,16 +114,17 @@ ROWS = (
     ("STAGE_token_kl_weight", "reward", "[B, S] by token_turn: beta1; in Stage I, 1: beta1 + beta2",
      "beta1 left out where beta2 is; attempts that the base wrote (offline1) given any"),
     # what is learned from it
-    ("STAGE_FORM_loss", "scored", "[B] each row's, in value its weighted KLs alone",
+    ("STAGE_FORM_loss", "scored", "[B] each row's sum of weighted KLs: not your loss's value",
      "advantage times log-probability is in the value, where it is in the gradient alone"),
     ("STAGE_FORM_gradient", "scored", "[B, S, V] of the mean over rows, by the policy's logits",
-     "a KL without its future term (a token also decides what comes later); k1, k2 or k3 "
-     "differentiated; 1 / temperature; sum, or mean over tokens, instead of mean over rows"),
+     "the KL is detached, or without its future term (a token also decides what comes later); k1, "
+     "k2 or k3 differentiated; 1 / temperature; sum, or mean over tokens, not mean over rows"),
     ("STAGE_FORM_grad_norm", "weights", "the norm of its gradient by all weights",
      "the gradient by the logits agrees: the model's backward pass; or it was clipped"),
-    ("STAGE_FORM_grad_norms", "weights", "{weight: norm}", "one weight's backward pass"),
+    ("STAGE_FORM_grad_norms", "weights", "{weight, as in weights.json: norm}",
+     "one weight's backward pass"),
     ("STAGE_FORM_grad_entries", "weights", "{weight: [its first entry, its last]}",
-     "transposed, or heads in another order"),
+     "transposed, or heads in another order; in bfloat16 the KL's gradient"),
     # whether it helped
     *((name, "reward", what, "rates are of all problems, repair and spoil rate of the wrong and "
        "the right first attempts") for name, what in (
@@ -240,7 +242,7 @@ def check(results: dict, cases: dict[str, dict]) -> dict[tuple[str, str], Verdic
         if not isinstance(quantities, dict):
             raise ValueError(f"case {name!r} must be an object, got {shape(quantities)}")
         for quantity in quantities:
-            known(f"quantity of case {name!r} named", quantity, list(cases[name]["outputs"]))
+            known("quantity", quantity, list(ORDER))
     found = {}
     for quantity in ORDER:
         for name, case in cases.items():
@@ -288,6 +290,10 @@ def explain(found: dict, key: tuple[str, str], dtype: str) -> str:
     before = [name for name in names[: names.index(q.name)] if found.get((name, key[1]), q) is None]
     if q.kind == "reward":  # what is paid and weighed depends on no model
         before = [name for name in before if ORDER[name].kind in ("exact", "reward")]
+    if q.kind in ("scored", "weights"):  # on samples through the rows alone
+        before = [name for name in before if ORDER[name].kind not in ("decoded", "drawn")]
+    for a, b in (("stage1", "stage2"), ("stage2", "stage1"), ("exact", "k1"), ("k1", "exact")):
+        before = [name for name in before if a not in q.name or b not in name]
     off = f"off by {verdict.error:.3g} times its largest entry; "
     lines = [
         verdict.where,
@@ -295,9 +301,10 @@ def explain(found: dict, key: tuple[str, str], dtype: str) -> str:
         f"it is: {q.what}",
         f"usual cause: {q.cause}",
     ]
-    if before:
-        lines.append(f"not in the results, and so not ruled out: {', '.join(before)}")
     told = [textwrap.fill(x, 99, initial_indent="  ", subsequent_indent="    ") for x in lines]
+    if before:
+        line = f"missing, and so not ruled out: {', '.join(before)}"
+        told.append("  " + textwrap.shorten(line, 97, placeholder=" .. (--missing)"))
     return "\n".join([f"{q.name} differs first, in case {key[1]}", *told])
 
 
@@ -339,14 +346,23 @@ def missing(found: dict, named: bool) -> list[str]:
     return [f"missing: {', '.join(parts)} (--missing names them)"]
 
 
+def beside(found: dict, results: dict) -> list[str]:
+    """Return a line for each case with the quantities in the results that it does not ask for."""
+    lines = []
+    for case, quantities in results.items():
+        if names := [x for x in quantities if (x, case) not in found]:
+            lines.append(f"{len(names)} not asked for in {case}: {', '.join(names)}")
+    return [textwrap.fill(line, 99, subsequent_indent="    ") for line in lines]
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the command line, whose help tells the format."""
     lines = [
         "A golden file is {about, cases: {case: {inputs, outputs}}}; read `about` first.",
         "RESULTS.json is {case: {quantity: values}}, numbers in nested lists. The cases:",
         textwrap.fill(", ".join(contract()), 99, initial_indent="  ", subsequent_indent="  "),
-        "Quantities may be left out, cases too; what is missing is counted. In order of",
-        "dependency, STAGE being stage1 or stage2, FORM exact or k1:",
+        "Quantities may be left out, cases too, and there may be some that a case does not ask",
+        "for: both are told. In order of dependency; STAGE is stage1 or stage2, FORM exact or k1:",
         *(f"  {name:<23} {what}" for name, _, what, _ in ROWS),
         "B rows (G of each problem, side by side), T tokens, S = T - 1 scored positions: position",
         "s predicts token s + 1. V vocabulary. A difference is told as a share of the quantity's",
@@ -361,7 +377,8 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=TOLERANCE, default="float64",
         help="the coarsest that a part of the port computes in. float64: NumPy, JAX with x64, "
         "verl's loss. float32: transformers and TRL, for float64 weights, too, as their norms and "
-        "rotary tables are in float32. bfloat16: autocast. Default: float64",
+        "rotary tables are in float32. bfloat16: autocast. That shows mistakes of the KL in "
+        "Stage I's gradients; in Stage II's, advantages hide most of them. Default: float64",
     )  # fmt: skip
     found.add_argument("--missing", action="store_true", help="name what is missing")
     return found
@@ -371,14 +388,15 @@ def main(argv: list[str]) -> int:
     """Compare, print. Return the exit status."""
     try:
         asked = parser().parse_args(argv)
-        found = check(read(asked.results), contract())
+        results = read(asked.results)
+        found = check(results, contract())
     except ValueError as error:
         print(f"check_port.py: error: {error}", file=sys.stderr)
         return 2
     tolerance = TOLERANCE[asked.dtype]
     first = first_difference(found, tolerance)
     there = sum(v is not None for v in found.values())
-    lines = [listing(found, tolerance), *missing(found, asked.missing)]
+    lines = [listing(found, tolerance), *missing(found, asked.missing), *beside(found, results)]
     lines += ["", f"{there} of {len(found)} pairs of quantity and case "
              "compared: " + ("some differ" if first else "all agree")]  # fmt: skip
     lines += ["", differences(found, first, asked.dtype)] if first else []

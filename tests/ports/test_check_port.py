@@ -148,18 +148,34 @@ MUTANTS = {  # of the NumPy port: the first quantity that differs, and an edit o
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MUTANTS)
-def test_a_wrong_port_is_told_what_it_got_wrong_first(name):
-    """A mistake is larger than what any dtype's tolerance allows."""
-    expected, old, new = MUTANTS[name]
+def edited(old, new):
+    """Return what the NumPy port makes of the cases after an edit of its source."""
     source = (PORTS / "numpy_port.py").read_text()
     assert source.count(old) == 1, f"{source.count(old)} of {old!r}"
     module = {"__name__": "port", "__file__": str(PORTS / "numpy_port.py")}
     exec(compile(source.replace(old, new), "numpy_port.py", "exec"), module)
-    results = module["results"]()
+    return module["results"]()
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_wrong_port_is_told_what_it_got_wrong_first(name):
+    """A mistake is larger than what any dtype's tolerance allows."""
+    expected, old, new = MUTANTS[name]
+    results = edited(old, new)
     assert {dtype: first(results, dtype) for dtype in TOLERANCE} == dict.fromkeys(
         TOLERANCE, expected
     )
+
+
+SLOPE, LATER = "weight_BS[..., None] * slope_BSV +", "weight_BS * ahead_BS -"
+
+
+@pytest.mark.parametrize(("old", "new"), [(SLOPE, ""), (LATER, "-")], ids=["detached", "no later"])
+def test_bfloat16_sees_mistakes_of_the_kl_in_stage_1_alone(old, new):
+    outputs = edited(old, new)["pairs"]
+    names = "stage1_exact_gradient", "stage2_exact_gradient"
+    one, two = ({"pairs": {x: outputs[x]}} for x in names)
+    assert first(two, "float32") and first(one, "bfloat16") and first(two, "bfloat16") is None
 
 
 PROGRAM = {  # the same of model and sampler
@@ -209,7 +225,29 @@ def test_what_is_told_of_the_first_difference(capsys, tmp_path):
     assert max(map(len, lines)) <= 100
     wrong = dict(pairs=dict(stage2_k1_loss=results["pairs"]["stage1_k1_loss"]))
     _, said = told(capsys, tmp_path / "results.json", wrong)
-    assert "not ruled out: ids, length, turn, " in said and "kl2_k1" in said
+    last = said.splitlines()[-1]
+    assert "not ruled out: ids, length, turn, " in last and last.endswith(", .. (--missing)")
+
+
+def test_not_ruled_out_is_only_what_it_depends_on(capsys, tmp_path):
+    outputs = CASES["triples"]["outputs"]
+    upon = {"ids", "logp", "stage1_token_advantage", "kl2_exact", "stage1_exact_loss"}
+    not_upon = {"greedy1", "sampled_logp", "stage2_return1", "kl_token_k1", "stage1_k1_loss"}
+    there = outputs.keys() - upon - not_upon
+    results = {x: outputs[x] for x in there} | {"stage1_exact_gradient": [[0]]}
+    _, said = told(capsys, tmp_path / "results.json", {"triples": results})
+    assert {*said.split("not ruled out: ")[1].strip().split(", ")} == upon
+
+
+@pytest.mark.parametrize(
+    ("quantity", "cause"),
+    [("ids", "the temperature, or what else sampled1 and sampled2 depend on"),
+     ("stage2_token_advantage", "a mask that is late"),
+     ("stage1_exact_gradient", "the KL is detached")],
+)  # fmt: skip
+def test_causes_that_show_only_there_are_named(capsys, tmp_path, quantity, cause):
+    wrong = {"triples": {quantity: [[0]]}}
+    assert cause in " ".join(told(capsys, tmp_path / "results.json", wrong)[1].split())
 
 
 def test_a_part_is_enough_and_some_is_not_compared_in_bfloat16(capsys, tmp_path):
@@ -232,6 +270,13 @@ def test_what_is_missing_is_one_line_and_no_line_if_nothing_is(capsys, tmp_path)
     _, said = told(capsys, tmp_path / "results.json", results)
     lines = [line for line in said.splitlines() if "missing" in line]
     assert lines == ["missing: 2 in pairs, whole cases 1 (--missing names them)"]
+
+
+def test_what_a_case_does_not_ask_for_is_counted_and_the_rest_compared(capsys, tmp_path):
+    outputs = CASES["two_rows"]["outputs"]
+    results = {"two_rows": {"logits": [1], "ids": outputs["ids"], "logp": [1]}}
+    status, said = told(capsys, tmp_path / "results.json", results)
+    assert status == 0 and "\n2 not asked for in two_rows: logits, logp\n\n1 of " in said
 
 
 @pytest.mark.parametrize(
@@ -267,7 +312,8 @@ def test_behind_a_difference_of_rounding_the_first_large_one_is_told(
         ({"pairs": {}}, "no quantity of any case"),
         ({"pears": {}}, "there is no case 'pears'; is it 'pairs'?"),
         ({"pairs": [1, 2]}, "case 'pairs' must be an object, got [2]"),
-        ({"pairs": {"lenght": [1]}}, "quantity of case 'pairs' named 'lenght'; is it 'length'?"),
+        ({"pairs": {"lenght": [1]}}, "there is no quantity 'lenght'; is it 'length'?"),
+        ({"two_rows": {"logits": [1]}}, "no quantity of any case"),
         ({"pairs": {"length": [9, "9"]}}, "pairs.length[1] is '9', which is no number"),
     ],
 )

@@ -6,6 +6,7 @@ ports/numpy_port.py (test_check_port.py); here models, samples and gradients by 
 
 import json
 import math
+import re
 import runpy
 import struct
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from ports import check_port, make_golden, numpy_port, one_row
 from ports.check_port import ORDER, TOLERANCE, compare
+from scale.pretrained import MODULES
 
 CASES = check_port.contract()
 WEIGHTS = check_port.read(check_port.GOLDEN / "weights.json")
@@ -27,6 +29,15 @@ def test_the_files_have_the_keys_that_the_guide_names():
         keys = ["about", "cases"] if path.name != "weights.json" else list(WEIGHTS)
         assert list(check_port.read(path)) == keys and f"`{path.name}`" in guide
     assert f"`weights.json` is `{{{', '.join(WEIGHTS)}}}`" in guide
+
+
+def test_the_guide_names_the_weights_as_transformers_does():
+    guide = (check_port.GOLDEN.parent / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `([a-z0-9_.]+)` \| (`[a-z].+`) \|$", guide, re.MULTILINE))
+    names = {re.sub(r"blocks.\d.|.(weight|bias)$", "", name) for name in WEIGHTS["policy"]}
+    assert {name: re.findall("`(.+?)`", told) for name, told in rows.items()} == {
+        name: MODULES[name] for name in names
+    }
 
 
 def test_turn_and_token_turn_part_where_the_base_wrote_alone():
