@@ -3,7 +3,7 @@
     python tests/bench/bench_busy.py                   # some minutes
 
 The toy's steps, of the base (256 documents) and of Stage II (512 rollouts), and an update of a
-model of 10M weights on 32 given rows of 128 tokens: with one thread, with two of torch, which share
+model of 10M weights on 8 given rows of 128 tokens: with one thread, with two of torch, which share
 each operation, and with two that share the rows (scale/threads.py). Each is a process of its own;
 they take turns, so that one works at a time, and the others wait without computing. A busy program
 is a Python loop. The machine's limit, products of matrices of 2,048 by two threads, is measured in
@@ -31,7 +31,7 @@ from tests.bench.bench_rollout import INSTRUCTION, SIZES
 from tests.bench.timing import about, spread, write
 
 MODES = {"one thread": 1, "two of torch": 2, "two share rows": 2}
-LOADS, ROUNDS = (0, 1, 2), 7
+LOADS, ROUNDS = (0, 1, 2), 5
 TIMES = {"base": 10, "Stage II": 4, "sampling": 4, "10M": 1, "products": 8}  # a turn's
 
 
@@ -42,7 +42,7 @@ def works(mode: str, quick: bool) -> dict:
     policy = GPT(SIZES["toy" if quick else "10M"][0], seed=1)
     base = GPT(policy.config).requires_grad_(False)
     if mode == "two share rows":
-        threads.ROWS = 2 if quick else 16  # of the long rows of 10M, too
+        threads.ROWS = 2 if quick else 4  # of the long rows of 10M, too
         threads.share(run.policy, run.base)
         torch.set_num_threads(2)
         threads.SMALL = 2**30
@@ -54,7 +54,7 @@ def works(mode: str, quick: bool) -> dict:
     run.base.load_state_dict(run.policy.state_dict())
     run.optimizer.param_groups[0]["lr"] = 1e-6
     large = score.Run(run.config, None, [], Path(), policy, base, score.adamw(policy))
-    ids = np.random.default_rng(0).integers(10, size=(4 if quick else 32, 128)).tolist()
+    ids = np.random.default_rng(0).integers(10, size=(4 if quick else 8, 128)).tolist()
     r = make_rows([x[:32] for x in ids], [[x[32:79] for x in ids], [x[84:] for x in ids]],
                   INSTRUCTION, "cpu")  # fmt: skip
     reward_KB = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(1, len(ids) // 2)
@@ -96,7 +96,7 @@ def flop() -> dict:
     reading = c.batch // c.group * 6 + c.batch * 12
     return {
         "base": 6 * toy * c.sft_batch * 18, "sampling": 2 * toy * reading,
-        "Stage II": 2 * toy * reading + 8 * toy * c.batch * 18, "10M": 8 * large * 32 * 127,
+        "Stage II": 2 * toy * reading + 8 * toy * c.batch * 18, "10M": 8 * large * 8 * 127,
         "products": 2 * 2048**3,
     }  # fmt: skip
 
