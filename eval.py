@@ -136,7 +136,7 @@ def diagnose(phases: dict) -> list[str]:
 COLUMNS = dict(acc_t1="Acc@t1", acc_t2="Acc@t2", delta="Δ(t1,t2)", delta_i_to_c="Δ i→c",
                delta_c_to_i="Δ c→i")  # fmt: skip
 TITLES = dict(stage1="Stage I", score="SCoRe", multi_turn="multi-turn RL", no_stage1="w/o Stage I",
-              no_bonus="w/o bonus")  # fmt: skip
+              no_bonus="w/o bonus", no_stage1_no_bonus="w/o Stage I and bonus")  # fmt: skip
 KINDS = {(0, 1): "repaired", (1, 0): "spoiled", (1, 1): "kept", (0, 0): "failed"}
 
 

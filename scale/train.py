@@ -258,6 +258,7 @@ def parse(argv: list[str]):
 
 def main(argv: list[str]) -> int:
     """Train, then evaluate; return the exit status."""
+    run = None
     with processes.together():
         other = processes.rank()
         try:
@@ -267,9 +268,11 @@ def main(argv: list[str]) -> int:
             folder, c = processes.on_main(parse, argv)
             if c is not None:
                 processes.on_main(score.create, c, folder)
-            drive(processes.shard(score.open_run(folder)))
+            run = processes.shard(score.open_run(folder))
+            drive(run)
         except KeyboardInterrupt:
-            print(f"\nstopped; go on with: python -m scale.train --resume {folder}")
+            more = f"; go on with: python -m scale.train --resume {folder}" if run else ""
+            print(f"\nstopped{more}")
             return 130
         except (ValueError, OSError, RuntimeError, ImportError) as error:
             time.sleep(3 * other)  # what all have to say, the first says, and ends all
