@@ -253,7 +253,11 @@ def parse(argv: list[str]):
         raise ValueError("--resume takes all settings from the run, whose rate ends at 0: to train "
                          "longer, --export RUN NEW, and train from --checkpoint NEW")  # fmt: skip
     preset = re.search(r"--preset[ =](\w+)", " ".join(argv))
-    return score.parse([*PRESETS.get(preset and preset[1], "").split(), *argv], Config)
+    folder, c = score.parse([*PRESETS.get(preset and preset[1], "").split(), *argv], Config)
+    given = [] if c is None else [x[2:] for x in sorted(names) if x[2:] in methods.SOME]
+    if idle := [x for x in given if x not in methods.METHODS[c.method]]:
+        raise ValueError(f"--method {c.method} does not use --{idle[0]}")
+    return folder, c
 
 
 def main(argv: list[str]) -> int:

@@ -182,6 +182,7 @@ def test_what_follows_changes_nothing_before_and_rows_do_not_mix():
 
 
 def test_first_weights_depend_on_the_seed_alone_and_have_the_stated_spread():
+    assert GPT(GPTConfig(**SIZES)).norm.eps == 1e-6
     sizes = dict(SIZES, vocab_size=301, d_model=48, d_ff=130, qkv_bias=True, qk_norm=True)
     torch.manual_seed(1)
     a = GPT(GPTConfig(**sizes), seed=5).state_dict()

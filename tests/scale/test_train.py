@@ -283,6 +283,14 @@ def test_looking_at_split_dev_changes_no_bit_of_the_training(tmp_path, capsys):
             for row in lines(tmp_path / "with/log.jsonl")] == dev  # fmt: skip
 
 
+def test_a_setting_that_the_method_does_not_use_is_refused(tmp_path, capsys):
+    """A preset's own are not asked for."""
+    for more, named in (("--method=star --beta2=7", "--beta2"), ("--iterations 9", "--iterations")):
+        assert train.main(["--run", str(tmp_path / "run"), *more.split()]) == 2
+        assert f"does not use {named}" in capsys.readouterr().err
+    assert train.parse(["--method", "pair_sft", "--sft-steps", "3"])[1].beta2 == 1
+
+
 @pytest.mark.parametrize("more", [["--stage2-steps", "9"], ["--preset=math"], ["--run", "new"]])
 def test_a_run_is_not_lengthened_and_the_line_says_what_to_do(tmp_path, capsys, more):
     c = train.Config(**wide.SMALL | dict(sft_steps=1, method="base"))
