@@ -120,7 +120,7 @@ def diagnose(phases: dict) -> list[str]:
                  for x in ("repair", "spoil"))  # fmt: skip
         notes.append("Sampled, the base repairs {} of its wrong first attempts and spoils {} of "
                      "its right ones. On the signs, if a base spoils little, multi-turn RL copies "
-                     "up to 0.5 %, corrects from 3 % on; SCoRe from 0.1 % on (study/README.md)."
+                     "at 0.5 % repairs or fewer, corrects from 3 %, SCoRe from 0.1 % (see study/)."
                      .format(*rates))  # fmt: skip
     if last["truncated_t1"] > 0.1:
         notes.append(f"{last['truncated_t1']:.0%} of the first attempts were cut at the limit, and "
@@ -233,7 +233,7 @@ def main(argv: list[str]) -> int:
         r, rows = report(run, args.split, n)
         r |= {"command": argv} if args.test else {}
         files = {".json": json.dumps(r, indent=2), ".jsonl": "\n".join(map(json.dumps, rows))}
-        for kind in [*files][: 1 + (args.show > 0)]:
+        for kind in (".json", ".jsonl") if args.show else (".json",):
             path.with_suffix(".part").write_text(files[kind] + "\n")
             path.with_suffix(".part").replace(path.with_suffix(kind))
     except (KeyboardInterrupt, ValueError, OSError, RuntimeError, KeyError, ImportError) as error:

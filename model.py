@@ -1,8 +1,8 @@
 """What does the policy compute? A compact decoder-only transformer of the Llama and Qwen families.
 
-RMSNorm before each block, rotary positions, SwiGLU, grouped-query attention, optional bias on
-query, key and value or norm of query and key, optional tying of the head to the embedding. No loss
-and no sampling here.
+RMSNorm before attention and MLP, rotary positions, SwiGLU, grouped-query attention, optional bias
+on query, key and value or norm of query and key, optional tying of the head to the embedding. No
+loss and no sampling here.
 
 Where it differs from the usual: the key-value cache keeps a length for *each row*. Rows are
 contiguous from slot 0 and slot = position, so ragged prompts need no left padding, and "a query at
@@ -199,8 +199,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Embedding Normal(0, 0.02), matrices Normal(0, 1 / fan-in), the variance of those into the
-        residual stream divided by their number (GPT-2); norms 1, biases 0."""
+        """Embedding with standard deviation 0.02, matrices with variance 1 / fan-in, of those into
+        the residual stream divided by their number (GPT-2); norms 1, biases 0."""
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.named_parameters():
             if name.endswith("bias"):
@@ -267,7 +267,7 @@ def hold(path: Path):
     file = open(path, "a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.close()
         raise ValueError(f"{path.parent} is in use: process {path.read_text()} trains it") from None
     path.write_text(str(os.getpid()))

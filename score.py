@@ -45,8 +45,8 @@ from rollout import Rollout, Task, find_task, grade, make_rows, rollout, summary
 def shaped_reward(reward1_B, reward2_B, alpha: float):
     """Return attempt 2's reward with the progress bonus, r2 + alpha (r2 - r1).
 
-    Source: arXiv 2409.12917v2, eq. 5. With gamma = 0 attempt 1 is given when attempt 2 is drawn, so
-    -alpha r1 changes no expected gradient: in expectation the bonus is a weight of 1 + alpha on r2.
+    Source: arXiv 2409.12917v2, eq. 5. With gamma = 0 it trains attempt 2 alone, which cannot change
+    r1: -alpha r1 changes no expected gradient, and the bonus is a weight of 1 + alpha on r2.
 
     >>> shaped_reward(torch.tensor([0., 0., 1., 1.]), torch.tensor([0., 1., 0., 1.]), 10.0)
     tensor([  0.,  11., -10.,   1.])
@@ -98,10 +98,10 @@ def multi_turn(reward_KB, c):
 def loss(logp_BS, kl_BS, turn_BS, advantage_KB, weight_K):
     """Return each row's loss. Its gradient is what counts: rewards do not appear in its value.
 
-    The loss of an attempt is - advantage * log p + weight * KL, summed over its tokens and divided
-    by no length; the advantage is held constant. A token also decides where its attempt goes: so
-    its log p is charged with the KL of the *later* tokens of the attempt, too. Without that term
-    the gradient is not that of the KL of whole attempts.
+    An attempt's has the gradient of - advantage * log p + weight * KL, summed over its tokens and
+    divided by no length; the advantage is held constant. A token also decides where its attempt
+    goes: so its log p is charged with the KL of the *later* tokens of the attempt, too. Without
+    that term the gradient is not that of the KL of whole attempts.
 
     Source: REINFORCE (Williams 1992) of eqs. 3 and 4; D_KL as in eqs. 2 to 4.
 
@@ -160,7 +160,7 @@ def sft_step(run: "Run") -> dict:
 
 
 def sft_update(run: "Run", r: Rollout, mask_BS, temperature: float) -> dict:
-    """Raise the likelihood of the masked tokens, each counting the same; return what is logged."""
+    """Raise the likelihood of the chosen tokens, each counting the same; return what is logged."""
     logits_NV = run.policy(r.ids_BT[:, :-1])[mask_BS] / temperature
     mean = torch.nn.functional.cross_entropy(logits_NV, r.ids_BT[:, 1:][mask_BS])
     return dict(loss=mean.item(), grad_norm=optimizer_step(run, mean))
@@ -262,7 +262,7 @@ def method(c: Config, *parts: tuple[str, int, Callable]) -> list[Phase]:
 
 def schedule(c: Config) -> list[Phase]:
     """Return a run's phases: the base, the control for as many steps as both stages have, and the
-    stages. Of these the last is named for what is left out: Stage I, the bonus, both or nothing."""
+    stages. The last phase's name says what is left out: Stage I, the bonus, both or nothing."""
     both, one, two = (partial(rl_step, stage=x) for x in (multi_turn, stage1, stage2))
     n1, n2 = c.stage1_steps, c.stage2_steps
     base = Phase("base", c.sft_steps, sft_step, c.sft_lr, 0.0, warmup=100)
@@ -311,8 +311,8 @@ def train(run: Run) -> Iterator[dict]:
     """Take the steps that are left, phase after phase; yield what is logged of each.
 
     Whoever iterates may log, save or stop between any two steps: a step's random numbers depend on
-    the seed, its phase's name and its number alone. What the first phase leaves is the reference
-    of all others, Stage II too, and the start of each method.
+    the seed, the phase's name and the step's number alone. What the first phase leaves is the
+    reference of all others, Stage II too, and the start of each method.
     """
     for phase in run.phases[run.phase :]:
         while run.step < phase.steps:
@@ -343,7 +343,7 @@ def create(c: Config, folder: Path) -> Path:
     if folder.exists():
         raise ValueError(f"{folder} exists and is left alone: --resume it, or name another --run")
     module = sys.modules[type(c).__module__]
-    module.new_run(c, folder).task.draw(c.eval_n, "test", np.random.default_rng(0))  # or no folder
+    module.new_run(c, folder).task.draw(c.eval_n, "test", np.random.default_rng(0))  # may raise
     folder.mkdir(parents=True)
     name = getattr(module.__spec__, "name", Path(module.__file__).stem)  # of a script its file's
     about = dict(module=name, threads=torch.get_num_threads(), config=asdict(c))
@@ -387,7 +387,7 @@ def parse(argv: list[str], settings: type):
         allow_abbrev=False, argument_default=argparse.SUPPRESS)  # fmt: skip
     parser.add_argument("--run", type=Path, help="folder to create, by default named in runs/")
     parser.add_argument("--resume", type=Path, help="go on with this run, and no other option")
-    parser.add_argument("--threads", type=int, help="of torch, kept for the run: its cores")
+    parser.add_argument("--threads", type=int, help="of torch, kept for the run; default: all")
     parser.add_argument("--no-control", action="store_const", const=0, dest="control")
     for f in fields(settings):
         parser.add_argument(f"--{f.name}".replace("_", "-"), type=f.type, help=argparse.SUPPRESS)
@@ -410,7 +410,7 @@ def drive(run: Run) -> None:
     """Train to the end; log, save and show where the run is."""
     names, c = ("loss", "acc_t1", "acc_t2", "changed", "kl1", "kl2"), run.config
     first, *rest = (x.steps for x in run.phases)
-    work = [c.sft_batch] * first + [2 * c.batch] * sum(rest)  # of each step, about
+    work = [c.sft_batch] * first + [2 * c.batch] * sum(rest)  # a step's cost in rows, about
     done, start = sum(x.steps for x in run.phases[: run.phase]) + run.step, time.monotonic()
     with hold(run.folder / "lock"), open(run.folder / "log.jsonl", "a+") as log:
         print("  samples:  step", *(f"{x:>8}" for x in names), "  done     left")
@@ -418,7 +418,7 @@ def drive(run: Run) -> None:
         log.truncate(sum(map(len, log.readlines()[:done])))  # the rest comes again
         for n, row in enumerate(train(run), start=done + 1):
             print(json.dumps(row), file=log, flush=True)
-            if ended := run.step == run.phases[run.phase].steps:
+            if ended := (run.step == run.phases[run.phase].steps):
                 save(dict(model=run.policy.state_dict()), run.folder / f"{row['phase']}.pt")
             if ended or run.step % BLOCK == 0:
                 save(state_of(run), run.folder / "checkpoint.pt")
@@ -436,7 +436,7 @@ def main(argv: list[str], settings: type = Config) -> int:
         folder, c = parse(argv, settings)
         run = open_run(folder if c is None else create(c, folder))
         print(f"{folder}:", ", ".join(f"{x.name} {x.steps} steps" for x in run.phases), flush=True)
-        getattr(sys.modules[type(run.config).__module__], "drive", drive)(run)  # or its own
+        getattr(sys.modules[type(run.config).__module__], "drive", drive)(run)  # or scale's
         return subprocess.run([sys.executable, ROOT / "eval.py", folder]).returncode
     except KeyboardInterrupt:
         print("\nstopped" + (f"; go on with: python score.py --resume {folder}" if run else ""))

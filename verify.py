@@ -120,7 +120,7 @@ LARGEST = 6  # the numbers of a problem are 1 to LARGEST
 def split_of(key_N: np.ndarray) -> np.ndarray:
     """Return each problem's split, [N] of "test" (10 %), "dev" (10 %) or "train" (80 %).
 
-    A hash (splitmix64's mixer) of what identifies it, an integer from 0 on: no list is needed.
+    A hash (splitmix64's mixer) of its key, a non-negative integer: no list is needed.
     """
     x_N = key_N.astype(np.uint64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -131,8 +131,8 @@ def split_of(key_N: np.ndarray) -> np.ndarray:
 
 def draw(n: int, split: str, rng: np.random.Generator, M: int):
     """Draw n problems of one split. Return their numbers [N, M]; targets [N], each the sum that a
-    random choice of signs gives, kept if not negative; all choices, of 1 and -1 [C, M], of which
-    the first number is always added; and which of them solve which problem [N, C].
+    random choice of signs gives, kept if not negative; all choices of signs [C, M], 1 or -1, the
+    first always 1; and which of them solve which problem [N, C].
 
     The same numbers in another order, with the same target, are always in the same split.
     """
