@@ -193,7 +193,7 @@ def opened(folder: Path, test: str, others: list[str], argv: list[str]) -> score
     """Return an open checkpoint as a run with a base alone, for eval.py. The file tells the preset,
     others override it. ValueError if a report of another command than argv is at its `path`."""
     if test is None:
-        raise ValueError(f"{' '.join(others)}: for an open checkpoint, which needs --test, too")
+        raise ValueError(f"{' '.join(others)} is not for a run; a checkpoint wants --test, too")
     path = Path(f"report-{folder.resolve().name}.json")
     for x in filter(Path.exists, (path.with_suffix(".jsonl"), path)):
         if not path.exists() or pretrained.read_json(path).get("command") != argv:

@@ -67,11 +67,12 @@ def test_parts_are_not_small_and_keep_nothing_for_a_gradient_that_nobody_asks_fo
         seen.clear()
 
 
-def test_every_thread_computes_alone_and_large_models_are_left_as_they_are():
+def test_every_thread_computes_alone_and_large_models_are_left_as_they_are(monkeypatch):
     _, shared = models(2)
     seen = threads.pool(2).map(lambda _: torch.get_num_threads(), range(8))
     assert {*seen} == {1} and shared.threads == 2
-    large = GPT(GPTConfig(1024, d_model=1024))
+    large = GPT(GPTConfig(11))
+    monkeypatch.setattr(threads, "SMALL", 1000)
     torch.set_num_threads(2)
     threads.share(large)
     assert type(large) is GPT and torch.get_num_threads() == 2
