@@ -270,7 +270,8 @@ def hold(path: Path):
     except BlockingIOError:
         file.close()
         raise ValueError(f"{path.parent} is in use: process {path.read_text()} trains it") from None
-    path.write_text(str(os.getpid()))
+    file.truncate(0)
+    print(os.getpid(), end="", file=file, flush=True)
     return file
 
 

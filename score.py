@@ -364,7 +364,7 @@ def open_run(folder: Path) -> Run:
         torch.set_num_threads(about["threads"])
         run = module.new_run(c, folder)
         if (ROOT / "scale").is_dir():
-            importlib.import_module("scale.threads").share(run.policy, run.base)
+            importlib.import_module("scale.threads").share(run)
         if (folder / "checkpoint.pt").exists():
             state = load(folder / "checkpoint.pt")
             run.phase, run.step = state["phase"], state["step"]

@@ -86,7 +86,8 @@ def check_memory(run: score.Run) -> None:
     rows, tokens = c.batch // n, 2 * run.task.max_new + len(run.task.instruction)
     found = needs(run.policy, run.base, n, min(getattr(c, "sample_batch", 0) or rows, rows), tokens)
     kib = path.read_text().split("MemAvailable:")[1].split()[0] if path.exists() else "inf"
-    free = found["base"] + float(kib) / 2**20 / int(os.environ.get("LOCAL_WORLD_SIZE", n))
+    here = found["base"] + found["part"] * n / 4  # base and whole weights, which are counted in it
+    free = here + float(kib) / 2**20 / int(os.environ.get("LOCAL_WORLD_SIZE", n))
     free = torch.cuda.mem_get_info()[0] / 2**30 if c.device == "cuda" else free
     free, total = min(all_gather([free])), sum(found.values())
     line = f"GiB that each of {n} processes needs: {found}, in all {total:.3f}; free: {free:.3f}"

@@ -2,9 +2,9 @@
 
 torch's own threads share every operation, and wait for each other at its end, hundreds of times a
 step. A toy gains little by that, and where another program takes one of the cores now and then, it
-loses much. Here threads meet twice a step. Gradients of the parts are added in their order: rounded
-otherwise than one thread's, but the same to the bit whenever there are as many threads. Sampling,
-which reads a token at a time, has one thread.
+loses much. Here threads meet after each pass, forward or back. Gradients of the parts are added in
+their order: rounded otherwise than one thread's, but the same to the bit whenever there are as many
+threads. Sampling, which reads a token at a time, has one thread.
 
     python score.py --threads 2 --run runs/two-threads
 
@@ -12,6 +12,7 @@ Dimension key: as in model.py.
 """
 
 import functools
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -28,8 +29,12 @@ def pool(n: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,))
 
 
+os.register_at_fork(after_in_child=pool.cache_clear)  # a child has none of them
+
+
 class Shared(torch.autograd.Function):
-    """Logits [B, T, V] of parts of the rows, each from a thread, and so are their gradients."""
+    """Logits [B, T, V] of parts of the rows, each from a thread, and so are their gradients. What
+    was computed on the way is kept for as long as the logits are."""
 
     @staticmethod
     def forward(ctx, logits_of, parts, *weights):
@@ -55,20 +60,22 @@ class SharedGPT(GPT):
 
     def forward(self, ids_BT, cache=None, n_new_B=None):
         n = min(self.threads, len(ids_BT) // ROWS)
-        if n < 2 or cache is not None:
+        if (
+            n < 2 or cache is not None or torch.is_autocast_enabled("cpu")
+        ):  # which is a thread's own
             return super().forward(ids_BT, cache, n_new_B)
-        parts = ids_BT.tensor_split(n)
-        if torch.is_grad_enabled() and self.embed.weight.requires_grad:
-            return Shared.apply(super().forward, parts, *self.parameters())
+        parts, weights = ids_BT.tensor_split(n), [x for x in self.parameters() if x.requires_grad]
+        if torch.is_grad_enabled() and weights:
+            return Shared.apply(super().forward, parts, *weights)
         return torch.cat([*pool(n).map(torch.no_grad()(super().forward), parts)])
 
 
-def share(*models: GPT) -> None:
-    """Let as many threads as torch has share the rows of small models on the CPU, and let torch
-    have one in each. With larger models, or elsewhere, they share operations as before."""
-    threads, first = torch.get_num_threads(), models[0]
-    size = sum(x.numel() for x in first.parameters())
-    if type(first) is GPT and first.embed.weight.is_cpu and size < SMALL:
-        for model in models:
+def share(run) -> None:
+    """Let as many threads as torch has share the rows of a run's models, and let torch have one,
+    here and in each, from now on. Large models, other devices, and steps that are taken in parts
+    have torch's threads as before."""
+    threads, size = torch.get_num_threads(), sum(x.numel() for x in run.policy.parameters())
+    if run.config.device == "cpu" and size < SMALL and not hasattr(run.config, "micro_batch"):
+        for model in (run.policy, run.base):
             model.threads, model.__class__ = threads, SharedGPT
         torch.set_num_threads(1)

@@ -195,8 +195,12 @@ def opened(folder: Path, test: str, others: list[str], argv: list[str]) -> score
     if test is None:
         raise ValueError(f"{' '.join(others)} is not for a run; a checkpoint wants --test, too")
     path = Path(f"report-{folder.resolve().name}.json")
+
+    def same(words):
+        return re.sub(r"--show[ =]\d+", "", " ".join(words or []))
+
     for x in filter(Path.exists, (path.with_suffix(".jsonl"), path)):
-        if not path.exists() or pretrained.read_json(path).get("command") != argv:
+        if not path.exists() or same(pretrained.read_json(path).get("command")) != same(argv):
             raise ValueError(f"{x} is not of this command: move it away, or stand elsewhere")
     kind = "math" if files.read(Path(test))[0][0].verifier is verify.math else "mbpp"
     given = [f"--preset={kind}", f"--checkpoint={folder}", f"--train={test}", f"--test={test}"]
@@ -216,7 +220,7 @@ def export(argv: list[str]) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     args = parser.parse_args(argv)
     run = score.open_run(Path(args.export[0]))
-    names = [phase.name for phase in run.phases[: run.phase]]
+    names = [x.name for x in run.phases if (run.folder / f"{x.name}.pt").is_file()]
     if not names or args.phase not in (None, *names):
         raise ValueError(f"{run.folder} has finished {names}: cannot export {args.phase or 'any'}")
     run.policy.load_state_dict(load(run.folder / f"{args.phase or names[-1]}.pt")["model"])
@@ -225,15 +229,17 @@ def export(argv: list[str]) -> None:
 
 
 def move(folder: Path, given: dict[str, str]) -> None:
-    """Tell a run where its checkpoint and files are now; ValueError if they are not what it began
-    with."""
+    """Tell a run where its checkpoint and files are now; ValueError if the files, or the sizes of
+    the checkpoint, are not those that it began with."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not a run: no {path}")
     about = json.loads(path.read_text())
     about["config"] |= given
     c = Config(**about["config"])  # with whole paths
-    new_run(c, folder)
+    run = new_run(c, folder)
+    if (folder / "checkpoint.pt").exists():
+        run.policy.load_state_dict(load(folder / "checkpoint.pt")["policy"])
     path.with_suffix(".part").write_text(json.dumps(about | {"config": asdict(c)}, indent=2) + "\n")
     path.with_suffix(".part").replace(path)
 

@@ -135,7 +135,7 @@ OPTIONS = {
     "--runs": dict(type=Path, help="folder of all runs, by default one in runs/"),
     "--workers": dict(type=int, default=os.cpu_count(), help="runs at a time"),
 }
-REFUSED = "--run", "--resume", "--base", "--seed", "--method"  # which a study itself sets
+REFUSED = "--run", "--resume", "--base", "--seed", "--method", "--threads"  # a study's own
 
 
 def command(argv, prog: str, options: dict, collect, text) -> int:

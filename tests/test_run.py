@@ -186,6 +186,9 @@ def test_the_log_has_a_line_a_step_and_no_clock(uninterrupted):
 
 
 def test_a_run_keeps_its_settings_and_goes_on_with_as_many_threads(tmp_path):
+    score.parse(["--threads", "3"], score.Config)
+    assert torch.get_num_threads() == 3
+    torch.set_num_threads(1)
     folder = score.create(CONFIG, tmp_path / "a" / "run")
     about = json.loads((folder / "config.json").read_text())
     assert about == dict(module="score", threads=1, config=asdict(CONFIG))

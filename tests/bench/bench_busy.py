@@ -7,7 +7,8 @@ model of 10M weights on 8 given rows of 128 tokens: with one thread, with two of
 each operation, and with two that share the rows (scale/threads.py). Each is a process of its own;
 they take turns, so that one works at a time, and the others wait without computing. A busy program
 is a Python loop. The machine's limit, products of matrices of 2,048 by two threads, is measured in
-turns with them.
+turns with them. No model is prepared as for `scale.train`, and for the long rows of the large one
+fewer of them are a thread's part than scale/threads.py would give it.
 """
 
 import argparse
@@ -41,19 +42,19 @@ def works(mode: str, quick: bool) -> dict:
     run = score.new_run(score.Config(sft_batch=8, batch=8) if quick else score.Config(), Path())
     policy = GPT(SIZES["toy" if quick else "10M"][0], seed=1)
     base = GPT(policy.config).requires_grad_(False)
+    large = score.Run(run.config, None, [], Path(), policy, base, score.adamw(policy))
     if mode == "two share rows":
         threads.ROWS = 2 if quick else 4  # of the long rows of 10M, too
-        threads.share(run.policy, run.base)
+        threads.share(run)
         torch.set_num_threads(2)
         threads.SMALL = 2**30
-        threads.share(policy, base)
+        threads.share(large)
     run.optimizer.param_groups[0]["lr"] = 5e-3
     for step in range(2 if quick else 150):  # it learns how long an answer is
         run.rng = np.random.default_rng(step)
         score.sft_step(run)
     run.base.load_state_dict(run.policy.state_dict())
     run.optimizer.param_groups[0]["lr"] = 1e-6
-    large = score.Run(run.config, None, [], Path(), policy, base, score.adamw(policy))
     ids = np.random.default_rng(0).integers(10, size=(4 if quick else 8, 128)).tolist()
     r = make_rows([x[:32] for x in ids], [[x[32:79] for x in ids], [x[84:] for x in ids]],
                   INSTRUCTION, "cpu")  # fmt: skip

@@ -7,7 +7,7 @@ by policy and base, one update) in turns with the same step in TRL, ports/trl_po
 weights at first, those of a base that has learned how long an answer is, and problems of the same
 kind, the KL from samples on both sides, as TRL has no other. Our two threads share the rows, as
 `python score.py` has them do; TRL's share each operation. Then both compiled: our blocks, with
-torch's threads, and TRL's model, by its own setting.
+torch's threads, and TRL's model, by its own setting, which its sampling passes by.
 
 Then the machine's limits, each in turns with what it bounds. What a model of 10M weights makes of
 the cores' arithmetic: an update of Stage II on 32 given rows of 128 tokens, its products counted,
@@ -81,7 +81,7 @@ def against_trl(batch: int, rounds: int, quick: bool, compiled: bool = False) ->
             prepare(run.policy, compile=True)
             prepare(run.base, compile=True)
         else:
-            threads.share(run.policy, run.base)
+            threads.share(run)
             torch.set_num_threads(cores)
         steps = {"ours": (cores if compiled else 1, score.train(run))}
         n = batch // c.group * (rounds + 2)

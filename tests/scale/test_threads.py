@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def models(n, **sizes):
     """Return two models of the same weights, the second one's rows shared by n threads."""
     alone, shared = (GPT(GPTConfig(11, 2, **sizes), seed=1).double() for _ in range(2))
     torch.set_num_threads(n)
-    threads.share(shared)
+    threads.share(SimpleNamespace(config=score.Config(), policy=shared, base=shared))
     return alone, shared
 
 
@@ -41,6 +42,16 @@ def test_logits_and_gradient_are_those_of_one_thread(tied_head):
     for ours, theirs in zip(shared.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
     assert torch.get_num_threads() == 1
+
+
+def test_a_part_that_is_frozen_has_no_gradient_and_the_rest_its_own():
+    alone, shared = models(2)
+    ids = torch.arange(8 * 5).view(8, 5) % 11
+    for model in (alone, shared):
+        model.embed.requires_grad_(False)
+        model(ids).square().sum().backward()
+    assert shared.embed.weight.grad is None
+    torch.testing.assert_close(shared.head.weight.grad, alone.head.weight.grad)
 
 
 def test_without_a_gradient_and_in_a_cache_it_is_the_same():
@@ -69,12 +80,13 @@ def test_parts_are_not_small_and_keep_nothing_for_a_gradient_that_nobody_asks_fo
 
 def test_every_thread_computes_alone_and_large_models_are_left_as_they_are(monkeypatch):
     _, shared = models(2)
+    torch.set_num_threads(2)
+    threads.pool.cache_clear()
     seen = threads.pool(2).map(lambda _: torch.get_num_threads(), range(8))
     assert {*seen} == {1} and shared.threads == 2
     large = GPT(GPTConfig(11))
     monkeypatch.setattr(threads, "SMALL", 1000)
-    torch.set_num_threads(2)
-    threads.share(large)
+    threads.share(SimpleNamespace(config=score.Config(), policy=large, base=large))
     assert type(large) is GPT and torch.get_num_threads() == 2
 
 
