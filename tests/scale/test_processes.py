@@ -141,8 +141,8 @@ def test_what_does_not_fit_is_refused_before_a_step(tmp_path, capfd, monkeypatch
     line = rf"GiB that each of 2 processes needs: {{{numbers}, in all ([\d.]+); free: ([\d.]+)\n"
     *parts, total, free = map(float, re.fullmatch(f"scale.train: error: {line}", error).groups())
     here = parts[1] + parts[0] / 2  # the base, and whole weights: a quarter of both parts
-    assert total == pytest.approx(sum(parts)) and free == pytest.approx(here, abs=0.002) < total
-    assert not (tmp_path / "run/log.jsonl").exists()
+    assert total == pytest.approx(sum(parts)) and free == pytest.approx(here, abs=0.002)
+    assert free < total and not (tmp_path / "run/log.jsonl").exists()
 
 
 def test_torchrun_trains_and_shows_its_table_once(tmp_path):
