@@ -232,9 +232,9 @@ def main(argv: list[str]) -> int:
         path = getattr(run, "path", args.run / f"report{more}.json")
         r, rows = report(run, args.split, n)
         r |= {"command": argv} if args.test else {}
-        files = {".json": json.dumps(r, indent=2), ".jsonl": "\n".join(map(json.dumps, rows))}
         for kind in (".json", ".jsonl") if args.show else (".json",):
-            path.with_suffix(".part").write_text(files[kind] + "\n")
+            lines = [json.dumps(r, indent=2)] if kind == ".json" else map(json.dumps, rows)
+            path.with_suffix(".part").write_text("\n".join(lines) + "\n")
             path.with_suffix(".part").replace(path.with_suffix(kind))
     except (KeyboardInterrupt, ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
         print("eval.py: error:", str(error).partition("\n")[0] or "stopped", file=sys.stderr)

@@ -10,11 +10,10 @@ settings for MATH. Weights and products are float32. What is killed goes on with
         --test test.jsonl --out runs/trl
 """
 
-import argparse
 import json
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import eval as evaluation
 import score
-from ports import trl_port
-from scale import pretrained, problems, train
+from ports import options, trl_port
+from scale import pretrained, problems
 
 OPTIONS = (
     "stage1-steps stage2-steps batch group lr warmup temperature alpha beta1 beta2 seed eval-n "
@@ -102,18 +101,10 @@ def report(folders: dict[str, Path], c, task) -> dict:
 def settings(argv: list[str]):
     """Return the command's own options, and the run's settings, which are kept in its folder: what
     is begun goes on with the same alone."""
-    parser = argparse.ArgumentParser(description="SCoRe in TRL, on an open checkpoint.")
-    for name, about in (("model", "folder of the base"), ("train", "file"), ("test", "file")):
-        parser.add_argument(f"--{name}", required=True, help=about)
-    parser.add_argument("--out", type=Path, required=True, help="folder, new or begun")
+    parser = options.parser("SCoRe in TRL, on an open checkpoint.", OPTIONS)
     parser.add_argument("--vllm", action="store_true", help="sample with vLLM, in each process")
-    for name in OPTIONS:
-        parser.add_argument(f"--{name}", help="as of scale.train")
     args = parser.parse_args(argv)
-    given = ((name, getattr(args, name.replace("-", "_"))) for name in OPTIONS)
-    words = [word for name, x in given if x is not None for word in (f"--{name}", x)]
-    files = ["--checkpoint", args.model, "--train", args.train, "--test", args.test]
-    c = replace(train.parse(["--preset", "math", *words, *files])[1], task="math", control=0)
+    c = options.settings(args, OPTIONS)
     if not c.stage1_steps + c.stage2_steps or not c.lr:
         raise ValueError("--lr and --stage1-steps plus --stage2-steps must be more than 0")
     path, text = args.out / "config.json", json.dumps(asdict(c), indent=2) + "\n"

@@ -17,13 +17,11 @@ vLLM is not compared with the trainer's probabilities, but for what verl logs. W
 ports/README.md.
 """
 
-import argparse
 import json
 import os
 import shlex
 import subprocess
 import sys
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from uuid import uuid4
@@ -33,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
 
 import verify
-from ports import verl_port
-from scale import chat, problems, train
+from ports import options, verl_port
+from scale import chat, problems
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = (
@@ -172,20 +170,12 @@ def command(stage: int, c, out: Path, gpus: int, prompt: int, response: int) -> 
 
 def settings(argv: list[str]):
     """Return the command's own options, the run's settings, and what is verl's."""
-    parser = argparse.ArgumentParser(description="SCoRe in verl, on an open checkpoint.")
-    for name, about in (("model", "folder of the base"), ("train", "file"), ("test", "file")):
-        parser.add_argument(f"--{name}", required=True, help=about)
-    parser.add_argument("--out", type=Path, required=True, help="folder, new or begun")
+    parser = options.parser("SCoRe in verl, on an open checkpoint.", OPTIONS)
     parser.add_argument("--show", action="store_true", help="print the commands, run none")
-    for name in OPTIONS:
-        parser.add_argument(f"--{name}", help="as of scale.train")
     parser.add_argument("--gpus", type=int, default=1, help="of the machine")
     parser.add_argument("verl", nargs="*", help="settings of verl, such as trainer.test_freq=100")
     args = parser.parse_args(argv)
-    given = ((name, getattr(args, name.replace("-", "_"))) for name in OPTIONS)
-    words = [word for name, x in given if x is not None for word in (f"--{name}", x)]
-    files = ["--checkpoint", args.model, "--train", args.train, "--test", args.test]
-    c = replace(train.parse(["--preset", "math", *words, *files])[1], task="math", control=0)
+    c = options.settings(args, OPTIONS)
     if not c.stage1_steps * c.stage2_steps * c.lr:
         raise ValueError("--lr and the steps of both stages must be more than 0")
     return args, c

@@ -80,7 +80,8 @@ def collect(run: Run, author: GPT, offline: float = 0.0):
         r = methods.offline_rollout(author, run.base, *rows)
         parts.append((methods.join([r], "cpu"), judge(r, problems[at], task).cpu()))
     rows, rewards = zip(*all_gather(parts), strict=True)
-    run.sample = problems[0], take(rows[0], slice(0, 1)), rewards[0][:, 0].tolist()  # to be shown
+    if c.eval_every:  # it is shown then
+        run.sample = problems[0], take(rows[0], slice(0, 1)), rewards[0][:, 0].tolist()
     return methods.join(rows, c.device), problems, torch.cat(rewards, dim=1).to(c.device)
 
 

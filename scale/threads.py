@@ -60,9 +60,8 @@ class SharedGPT(GPT):
 
     def forward(self, ids_BT, cache=None, n_new_B=None):
         n = min(self.threads, len(ids_BT) // ROWS)
-        if (
-            n < 2 or cache is not None or torch.is_autocast_enabled("cpu")
-        ):  # which is a thread's own
+        alone = torch.is_autocast_enabled("cpu")  # which is a thread's own
+        if n < 2 or cache is not None or alone:
             return super().forward(ids_BT, cache, n_new_B)
         parts, weights = ids_BT.tensor_split(n), [x for x in self.parameters() if x.requires_grad]
         if torch.is_grad_enabled() and weights:
