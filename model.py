@@ -211,17 +211,18 @@ class GPT(nn.Module):
                     std *= (2 * self.config.n_layer) ** -0.5
                 weight.normal_(0.0, std, generator=generator)
 
-    def forward(self, ids_BT, cache: Cache | None = None, n_new_B=None):
-        """Return logits [B, T, V] of the token after each token of ids_BT (int64, right-padded).
+    def forward(self, ids_BT, cache: Cache | None = None, n_new_B=None, wanted_BT=...):
+        """Return logits [B, T, V] of the token after each token of ids_BT (int64, right-padded), or
+        [N, V] after the N tokens that the mask wanted_BT chooses.
 
         Without a cache the rows start at position 0, and padding on the right changes nothing to
         its left. With one, the rows go on where they stand; n_new_B (int64, default T each) says
         how many of the T tokens are real, and the cache is advanced by as many.
         """
-        return self.head(self.hidden(ids_BT, cache, n_new_B))
+        return self.head(self.hidden(ids_BT, cache, n_new_B, wanted_BT))
 
-    def hidden(self, ids_BT, cache: Cache | None = None, n_new_B=None):
-        """Return the final normalised states [B, T, D]; `head` makes logits of those one needs."""
+    def hidden(self, ids_BT, cache: Cache | None = None, n_new_B=None, wanted_BT=...):
+        """Return the final normalised states [B, T, D], or [N, D], of which `head` makes logits."""
         (B, T), device = ids_BT.shape, ids_BT.device
         reach = 0 if cache is None else cache.reach
         slots = self.config.max_positions if cache is None else cache.k[0].shape[2]
@@ -246,7 +247,7 @@ class GPT(nn.Module):
         if cache is not None:
             cache.reach += T
             cache.length_B += T if n_new_B is None else n_new_B
-        return self.norm(x_BTD)
+        return self.norm(x_BTD[wanted_BT])
 
 
 # --- files of tensors: whole, or not at all -------------------------------------------------------

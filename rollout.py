@@ -142,17 +142,17 @@ def log_probs(logits_BV, temperature: float) -> torch.Tensor:
     return torch.log_softmax(logits_BV / temperature, dim=-1)
 
 
-def pad(rows: list[list], device, dtype=torch.long) -> torch.Tensor:
+def pad(rows: list[list], device, dtype=np.int64) -> torch.Tensor:
     """Return ragged rows as [B, T], padded on the right with 0."""
     T = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (T - len(row))] for row in rows], dtype=dtype, device=device)
+    return torch.tensor(np.array([(row + [0] * T)[:T] for row in rows], dtype), device=device)
 
 
 def read(model: GPT, cache: Cache, rows: list[list[int]]) -> torch.Tensor:
     """Read some ids in each row into the cache; return the model's states [B, D] after the last."""
     n_B = torch.tensor([len(ids) for ids in rows], device=cache.length_B.device)
-    row_B = torch.arange(len(rows), device=n_B.device)
-    return model.hidden(pad(rows, n_B.device), cache, n_B)[row_B, n_B - 1]
+    last_BT = torch.arange(1, n_B.max() + 1, device=n_B.device) == n_B[:, None]
+    return model.hidden(pad(rows, n_B.device), cache, n_B, last_BT)
 
 
 @torch.no_grad()
@@ -224,7 +224,7 @@ def make_rows(prompts, attempts, instruction: list[int], device, logps=None) -> 
         ids_B.append(ids)
         turn_B.append(turn[1:])
         logp_B.append(logp[1:])
-    padded = pad(ids_B, device), pad(turn_B, device), pad(logp_B, device, torch.float64)
+    padded = pad(ids_B, device), pad(turn_B, device), pad(logp_B, device, np.float64)
     return Rollout(*padded, attempts)
 
 
@@ -255,15 +255,16 @@ def rollout(model: GPT, task: Task, prompts: list[list[int]], noise_KBN, tempera
 
 
 def token_terms(policy: GPT, base: GPT, r: Rollout, temperature: float):
-    """Return [B, S] log-probability of the tokens that came, and KL(policy || base) of each token's
-    distribution, summed over the vocabulary: both at the temperature of the samples, for policy and
-    base alike, and with gradient to the policy."""
-    ids_BS, target_BS1 = r.ids_BT[:, :-1], r.ids_BT[:, 1:, None]
-    logp_BSV = log_probs(policy(ids_BS), temperature)
+    """Return [B, S] log-probability of the tokens that came, and KL(policy || base) of each one's
+    distribution, summed over the vocabulary, with gradient to the policy; 0 of context. Policy and
+    base have the temperature of the samples."""
+    ids_BS, mask_BS = r.ids_BT[:, :-1], r.turn_BS > 0
+    logp_NV = log_probs(policy(ids_BS, wanted_BT=mask_BS), temperature)
     with torch.no_grad():
-        base_BSV = log_probs(base(ids_BS), temperature)
-    kl_BS = (logp_BSV.exp() * (logp_BSV - base_BSV)).sum(dim=-1)
-    return logp_BSV.gather(-1, target_BS1)[..., 0], kl_BS
+        base_NV = log_probs(base(ids_BS, wanted_BT=mask_BS), temperature)
+    kl_N = (logp_NV.exp() * (logp_NV - base_NV)).sum(dim=-1)
+    logp_N = logp_NV.gather(-1, r.ids_BT[:, 1:][mask_BS][:, None])[:, 0]
+    return [x_N.new_zeros(mask_BS.shape).masked_scatter(mask_BS, x_N) for x_N in (logp_N, kl_N)]
 
 
 # --- texts and rewards ----------------------------------------------------------------------------

@@ -24,7 +24,6 @@ import importlib
 import inspect
 import json
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -161,7 +160,7 @@ def sft_step(run: "Run") -> dict:
 
 def sft_update(run: "Run", r: Rollout, mask_BS, temperature: float) -> dict:
     """Raise the likelihood of the chosen tokens, each counting the same; return what is logged."""
-    logits_NV = run.policy(r.ids_BT[:, :-1])[mask_BS] / temperature
+    logits_NV = run.policy(r.ids_BT[:, :-1], wanted_BT=mask_BS) / temperature
     mean = torch.nn.functional.cross_entropy(logits_NV, r.ids_BT[:, 1:][mask_BS])
     return dict(loss=mean.item(), grad_norm=optimizer_step(run, mean))
 
@@ -304,7 +303,7 @@ def new_run(c: Config, folder: Path) -> Run:
 
 def adamw(policy: GPT) -> torch.optim.Optimizer:
     """Return a fresh optimizer, as every phase begins with."""
-    return torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    return torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 
 def train(run: Run) -> Iterator[dict]:
@@ -364,7 +363,7 @@ def open_run(folder: Path) -> Run:
         torch.set_num_threads(about["threads"])
         run = module.new_run(c, folder)
         if (ROOT / "scale").is_dir():
-            importlib.import_module("scale.threads").share(run)
+            importlib.import_module("scale.small").share(run)
         if (folder / "checkpoint.pt").exists():
             state = load(folder / "checkpoint.pt")
             run.phase, run.step = state["phase"], state["step"]
@@ -437,7 +436,7 @@ def main(argv: list[str], settings: type = Config) -> int:
         run = open_run(folder if c is None else create(c, folder))
         print(f"{folder}:", ", ".join(f"{x.name} {x.steps} steps" for x in run.phases), flush=True)
         getattr(sys.modules[type(run.config).__module__], "drive", drive)(run)  # or scale's
-        return subprocess.run([sys.executable, ROOT / "eval.py", folder]).returncode
+        return importlib.import_module("eval").main([str(folder)])
     except KeyboardInterrupt:
         print("\nstopped" + (f"; go on with: python score.py --resume {folder}" if run else ""))
         return 130

@@ -107,7 +107,7 @@ def learned(case: dict, policy, base, dtype: torch.dtype) -> dict:
     logits_BSV, ref_BSV = policy(r.ids_BT[:, :-1]), base(r.ids_BT[:, :-1])
     real_BS = torch.arange(1, r.ids_BT.shape[1]) < found["length"][:, None]
     found |= dict(logits=logits_BSV * real_BS[..., None], ref_logits=ref_BSV * real_BS[..., None])
-    pair = [lambda _: logits_BSV, lambda _: ref_BSV]
+    pair = [lambda _, wanted_BT, x=x: x[wanted_BT] for x in (logits_BSV, ref_BSV)]
     for name, model in zip(("logp", "ref_logp"), pair, strict=True):
         found[name] = token_terms(model, model, r, temperature)[0] * in_turn_BS
     weights = dict(policy.named_parameters()) if isinstance(policy, GPT) else {}

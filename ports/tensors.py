@@ -51,9 +51,12 @@ def k1_terms(policy, base, r, temperature: float):
     """
     from rollout import log_probs
 
+    mask_BS = r.turn_BS > 0
+
     def of_tokens(model):
-        logp_BSV = log_probs(model(r.ids_BT[:, :-1]), temperature)
-        return logp_BSV.gather(-1, r.ids_BT[:, 1:, None])[..., 0]
+        logp_NV = log_probs(model(r.ids_BT[:, :-1], wanted_BT=mask_BS), temperature)
+        logp_N = logp_NV.gather(-1, r.ids_BT[:, 1:][mask_BS][:, None])[:, 0]
+        return logp_N.new_zeros(mask_BS.shape).masked_scatter(mask_BS, logp_N)
 
     logp_BS = of_tokens(policy)
     with torch.no_grad():

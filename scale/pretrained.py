@@ -63,9 +63,6 @@ class OpenConfig(GPTConfig):
         return usual_K * (stays_K + (1 - stays_K) / factor)
 
 
-# --- config.json ----------------------------------------------------------------------------------
-
-
 def read_json(path: Path) -> dict:
     """Return the object in a JSON file; ValueError if it cannot be read."""
     try:
@@ -143,9 +140,6 @@ def config_json(config: GPTConfig, dtype: torch.dtype) -> dict:
         "dtype": name,
         "torch_dtype": name,
     }
-
-
-# --- tensors --------------------------------------------------------------------------------------
 
 
 def safetensors_library():

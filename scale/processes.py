@@ -67,9 +67,6 @@ def on_main(do: Callable, *words):
     return all_gather([do(*words)] if rank() == 0 else [])[0]
 
 
-# --- weights --------------------------------------------------------------------------------------
-
-
 def needs(policy, base, n: int, rows: int, tokens: int) -> dict[str, float]:
     """Return the GiB that each of n processes needs at least: its part of weights, gradient and two
     moments; the base; a copy of the policy, like it; their cache, or the float32 that it is of."""

@@ -28,8 +28,6 @@ from study import methods
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GAP = {"float32": 1e-3, "bfloat16": torch.inf}  # nats by which sampler and trainer may disagree
 
-# --- rows, some at a time -------------------------------------------------------------------------
-
 
 def slices(rows: range, size: int) -> list[slice]:
     """Return slices of rows, of a size but for the last; 0: all in one."""
@@ -85,9 +83,6 @@ def collect(run: Run, author: GPT, offline: float = 0.0):
     return methods.join(rows, c.device), problems, torch.cat(rewards, dim=1).to(c.device)
 
 
-# --- updates, in parts ----------------------------------------------------------------------------
-
-
 def in_chunks(terms, models: list[GPT], r: Rollout, temperature: float, chunk: int):
     """Return `terms(*models, r, temperature)`, tensors [B, S], computed `chunk` positions at a time
     and once more in the backward pass; 0: all at once. Each model reads the rows once, whole."""
@@ -96,13 +91,15 @@ def in_chunks(terms, models: list[GPT], r: Rollout, temperature: float, chunk: i
         with torch.set_grad_enabled(model.embed.weight.requires_grad):
             states.append(model.hidden(ids_BS))
 
-    def of_chunk(ids_BC1, *states):
-        heads = [lambda _, m=m, x=x: m.head(x) for m, x in zip(models, states, strict=True)]
-        return terms(*heads, replace(r, ids_BT=ids_BC1), temperature)
+    def of_chunk(ids_BC1, turn_BC, *states):
+        heads = [lambda _, wanted_BT, m=m, x=x: m.head(x[wanted_BT])
+                 for m, x in zip(models, states, strict=True)]  # fmt: skip
+        return terms(*heads, replace(r, ids_BT=ids_BC1, turn_BS=turn_BC), temperature)
 
     again = partial(checkpoint, of_chunk, use_reentrant=False) if chunk else of_chunk
     at = slices(range(ids_BS.shape[1]), chunk)
-    found = [again(r.ids_BT[:, x.start : x.stop + 1], *(s[:, x] for s in states)) for x in at]
+    found = [again(r.ids_BT[:, x.start : x.stop + 1], *(s[:, x] for s in (r.turn_BS, *states)))
+             for x in at]  # fmt: skip
     return [torch.cat(parts, dim=1) for parts in zip(*found, strict=True)]
 
 
@@ -129,9 +126,11 @@ def rl_update(run: Run, r: Rollout, reward_KB, paid_and_held) -> dict:
 
 
 def came(model: GPT, r: Rollout, temperature: float) -> list[torch.Tensor]:
-    """Return the log-probability [B, S] of the tokens that came, alone in a list."""
-    logp_BSV = log_probs(model(r.ids_BT[:, :-1]), temperature)
-    return [logp_BSV.gather(-1, r.ids_BT[:, 1:, None])[..., 0]]
+    """Return the log-probability [B, S] of the tokens that came, alone in a list; 0 of context."""
+    mask_BS = r.turn_BS > 0
+    logp_NV = log_probs(model(r.ids_BT[:, :-1], wanted_BT=mask_BS), temperature)
+    logp_N = logp_NV.gather(-1, r.ids_BT[:, 1:][mask_BS][:, None])[:, 0]
+    return [logp_N.new_zeros(mask_BS.shape).masked_scatter(mask_BS, logp_N)]
 
 
 def sft_update(run: Run, r: Rollout, mask_BS, temperature: float) -> dict:
@@ -140,9 +139,9 @@ def sft_update(run: Run, r: Rollout, mask_BS, temperature: float) -> dict:
     run.optimizer.zero_grad()
     for at in slices(my_rows(len(mask_BS)), c.micro_batch):
         rows = take(r, at)
-        given = [run.policy], rows, temperature, c.chunk
-        (logp_BS,) = in_chunks(came, *given)
-        part = -(logp_BS * mask_BS[at, : logp_BS.shape[1]]).sum() / tokens
+        rows.turn_BS = mask_BS[at, : rows.turn_BS.shape[1]].long()
+        (logp_BS,) = in_chunks(came, [run.policy], rows, temperature, c.chunk)
+        part = -logp_BS.sum() / tokens
         part.backward()
         losses.append(part.item())
     return dict(loss=sum(all_gather(losses)), grad_norm=descend(run), tokens=tokens)
@@ -153,9 +152,6 @@ def descend(run: Run) -> float:
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), 1.0, error_if_nonfinite=True)
     run.optimizer.step()
     return gathered(norm).item()
-
-
-# --- steps: those of study/methods.py, of the pieces above ----------------------------------------
 
 
 def in_parts(phase: Phase) -> Phase:

@@ -29,8 +29,6 @@ METRICS = ("acc_t1", "acc_t2", "delta", "delta_c_to_i", "changed")
 RATES = ("repair_rate", "spoil_rate")  # of the base, sampled
 MORE = 2.5  # times as many problems are they measured on
 
-# --- runs -----------------------------------------------------------------------------------------
-
 
 def level(task: str, right: float, careless: float, methods) -> tuple[str, dict, dict]:
     """Return a level as `jobs` takes it: shares of right and of careless revisions, and methods."""
@@ -71,9 +69,6 @@ def collect(args, words: list[str]) -> tuple[Path, dict]:
     kind = "part-" if args.seeds or args.task else ""
     path = runs / f"{kind}results" / "map.json"
     return path, dict(options=" ".join(words), runs=found)
-
-
-# --- tables ---------------------------------------------------------------------------------------
 
 
 def by_level(runs: list[dict], spoils: bool) -> dict:

@@ -26,8 +26,6 @@ from eval import report
 from score import ROOT, create, drive, open_run
 from study.methods import Config
 
-# --- a run ----------------------------------------------------------------------------------------
-
 
 def mean(rows: list[dict], keys) -> dict:
     """Return the means over steps. What no step has is left out."""
@@ -78,9 +76,6 @@ def work(job: Job) -> dict:
     return found
 
 
-# --- many -----------------------------------------------------------------------------------------
-
-
 def jobs(c: Config, levels: list, seeds, runs: Path, split: str) -> tuple[list[Job], list[Job]]:
     """Return the bases, and the runs that start from them, each once.
 
@@ -126,8 +121,6 @@ def run_all(waves, workers: int) -> list[dict]:
         pool.shutdown(cancel_futures=True)
     return found
 
-
-# --- a command ------------------------------------------------------------------------------------
 
 OPTIONS = {
     "--table": dict(type=Path, metavar="JSON", help="train nothing: show this study"),

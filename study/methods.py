@@ -27,8 +27,6 @@ from model import GPT, load
 from rollout import Rollout, Task, find_task, grade, make_rows, rollout, summary, token_terms
 from score import Phase, Run, advantage, loss, multi_turn, sft_update, stage1, stage2
 
-# --- settings -------------------------------------------------------------------------------------
-
 METHODS = {  # what each uses of SOME, the settings that not all methods use
     "base": "", "score": "alpha beta1 beta2 leak offline", "no_bonus": "beta1 beta2 offline",
     "no_stage1": "alpha beta1 leak offline", "multi_turn": "beta1 offline", "single_turn": "beta1",
@@ -69,9 +67,6 @@ class Asked(Config):
                 raise ValueError(f"{self.method} of {steps} does not use --{name}, got {value}")
 
 
-# --- stages: who is paid, who is held -------------------------------------------------------------
-
-
 def single_turn(reward_KB, c):
     """Return the advantages and KL weights of eq. 1: attempt 1 alone is paid, 2 only sampled."""
     reward1_B, reward2_B = reward_KB
@@ -84,9 +79,6 @@ def mistaken(reward_KB, c):
     (_, advantage2_B), weight_K = stage2(reward_KB, c)
     return1_B = reward_KB[0] + c.alpha * (reward_KB[1] - reward_KB[0])
     return (advantage(return1_B, c.group), advantage2_B), weight_K
-
-
-# --- sampled rows ---------------------------------------------------------------------------------
 
 
 def collect(run: Run, author: GPT, offline: float = 0.0):
@@ -124,8 +116,6 @@ def join(parts: list[Rollout], device) -> Rollout:
     return Rollout(*(x.to(device) for x in padded), attempts)
 
 
-# --- what is seen of a step, which changes no bit of it -------------------------------------------
-
 KINDS = [f"{what}_{first}" for what in ("changed", "copied") for first in ("wrong", "right")]
 KEYS = ("groups", *KINDS, *(f"{kind}_n" for kind in KINDS), "norm1", "norm2")
 EACH = 10  # steps from one look at the gradients to the next
@@ -162,9 +152,6 @@ def seen(run: Run, r: Rollout, reward_KB, terms, paid_and_held) -> dict:
     return found | paid_for(r, reward_KB, paid_and_held[0][1], run.config.group)
 
 
-# --- steps of reinforcement: of pieces, which scale/steps.py has others for -----------------------
-
-
 def rl_update(run: Run, r: Rollout, reward_KB, paid_and_held) -> dict:
     """Take score.py's step on sampled rows; what is logged tells its reasons, too."""
     terms = token_terms(run.policy, run.base, r, run.config.temperature)
@@ -178,8 +165,6 @@ def rl_step(run: Run, stage, offline=0.0, collect=collect, update=rl_update) -> 
     log = update(run, r, reward_KB, stage(reward_KB, run.config))
     return {key: x for key, x in log.items() if x == x}  # nan: the mean of nothing
 
-
-# --- steps of imitation ---------------------------------------------------------------------------
 
 the_base = attrgetter("base")  # of a run: who writes the samples
 
@@ -227,9 +212,6 @@ def pair_examples(run: Run, r: Rollout, problems, reward_KB, plus: bool):
     prompts, device = [run.task.encode(problem.prompt) for problem in problems], r.ids_BT.device
     rows = make_rows(prompts, [r.attempts[0], seconds], run.task.instruction, device)
     return rows, (rows.turn_BS == 2) & torch.tensor(chosen, device=device)[:, None]
-
-
-# --- the base, and methods: lists of phases -------------------------------------------------------
 
 
 def base_step(run: Run, update=sft_update) -> dict:

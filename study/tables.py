@@ -55,9 +55,6 @@ def names_of(part: str) -> list[str]:
     return [name for name, variant in VARIANTS.items() if variant.part == part]
 
 
-# --- statistics -----------------------------------------------------------------------------------
-
-
 def mean_error(x: list[float]) -> tuple[float, float]:
     """Return the mean and its standard error; the error of a single value is nan."""
     error = np.std(x, ddof=1) / len(x) ** 0.5 if len(x) > 1 else float("nan")
@@ -108,9 +105,6 @@ def values(runs: list[dict], key: str, sampled: bool = False) -> list[float]:
     last = [list(run["phases"].values())[-1] for run in runs]
     found = [m["sampled"][key] if sampled else m[key] for m in last]
     return [float("nan") if x is None else 100 * x for x in found]
-
-
-# --- tables ---------------------------------------------------------------------------------------
 
 
 def cell(x: list[float], key: str = "") -> str:

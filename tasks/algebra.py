@@ -30,9 +30,6 @@ class WorkerDied(Exception):
     """The process ended, or could not be started, for no fault of the question's length."""
 
 
-# --- the caller -----------------------------------------------------------------------------------
-
-
 def ask(what: str, x, y, deadline: float, half: Fraction | None = None) -> bool:
     """Ask the worker about two nodes.
 
@@ -97,9 +94,6 @@ class Worker:
 
 
 worker = functools.cache(Worker)  # of the process with this id
-
-
-# --- the worker -----------------------------------------------------------------------------------
 
 
 def serve() -> None:

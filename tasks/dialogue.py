@@ -43,9 +43,6 @@ def brief(error: BaseException) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-# --- the judge ------------------------------------------------------------------------------------
-
-
 def run_tests(job: dict, read: int, write: int) -> tuple[str, str]:
     """Run the tests on the program at the other end; return the status and the reason."""
     peer = Peer(read, write, {"call": OPERATIONS["call"]}, {})
@@ -135,9 +132,6 @@ def where(error: BaseException) -> str:
     return f"line {lines[-1]} of the tests: " if lines else ""
 
 
-# --- the candidate --------------------------------------------------------------------------------
-
-
 def answer_questions(read: int, write: int):
     """Say that this process is confined, then answer until the judge hangs up."""
     module = sys.modules["program"] = types.ModuleType("program")
@@ -154,8 +148,6 @@ OPERATIONS = {  # that the judge may ask for, on the program's module or on an o
     "run": lambda module, code: exec(code, vars(module)),
     "call_in_place": lambda function, *args, **kwargs: (function(*args, **kwargs), args)[1],
 }
-
-# --- the protocol ---------------------------------------------------------------------------------
 
 SCALARS = (type(None), bool, float, str)  # JSON's own; it also knows nan and the infinities
 PARTS = {  # the other types: how to take a value apart, and to make one of the parts

@@ -69,9 +69,6 @@ def parse(text: str, place):
         raise ValueError(f"{place}: not JSON: {error}") from None
 
 
-# --- one row --------------------------------------------------------------------------------------
-
-
 def problem_of(row: dict) -> tuple[Problem, str]:
     """Return a row's problem and its worked answer."""
     for name, of_row in READERS.items():

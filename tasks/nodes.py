@@ -75,9 +75,6 @@ def is_segment(x) -> bool:
     return isinstance(x, tuple) and x[0] == "sym" and x[1][0].isupper()
 
 
-# --- arithmetic -----------------------------------------------------------------------------------
-
-
 def number(text: str) -> Fraction:
     r"""Return the exact value of a literal: digits, decimals, 1.2e-3, 0.1\overline{6}."""
     if len(text) > 1000:
@@ -178,9 +175,6 @@ def modulo(a, b):
     if not are_numbers(a, b) or b <= 0:
         raise Unreadable("mod of what are not numbers")
     return a % b
-
-
-# --- relations, and both values of a ± ------------------------------------------------------------
 
 
 def relate(sides: list, signs: list[str]):

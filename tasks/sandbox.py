@@ -37,8 +37,6 @@ FILES = 64 * 2**20  # bytes of one file, or of all files where the directory is 
 PROCESSES, PROCESSES_SHARED = 64, 2048  # with a user id of its own; together with the caller's
 READ_ONLY = ("/usr", "/lib", "/lib64", "/bin", "/etc", sys.base_prefix, sys.base_exec_prefix)
 
-# --- the guard ------------------------------------------------------------------------------------
-
 
 def guard(deadline: float, temporary: str):
     """Run one job from standard input to its verdict on standard output, and leave nothing."""
@@ -177,9 +175,6 @@ def limit(**limits: int):
             hard = resource.getrlimit(which)[1]
             most = most if hard == resource.RLIM_INFINITY else min(most, hard)
             resource.setrlimit(which, (most, most))
-
-
-# --- the candidate's confinement ------------------------------------------------------------------
 
 
 def give_up_rights(confine, deadline: float, directory: str):

@@ -56,7 +56,7 @@ def test_the_five_files_alone_train_and_evaluate(alone):
 
 def test_a_run_that_was_killed_and_resumed_is_the_one_that_was_left_alone(alone, tmp_path):
     """In Stage I, between two checkpoints or while one is written, as it comes."""
-    command, run = [sys.executable, str(ROOT / "score.py")], tmp_path / "run"
+    command, run = [sys.executable, alone[0] / "score.py"], tmp_path / "run"
     start = [*command, "--run", run, *LONGER]
     with subprocess.Popen(start, env=ENV, stdout=subprocess.PIPE, text=True) as job:
         next(line for line in job.stdout if "stage1    20 " in line)

@@ -4,11 +4,11 @@
 
 The toy's steps, of the base (256 documents) and of Stage II (512 rollouts), and an update of a
 model of 10M weights on 8 given rows of 128 tokens: with one thread, with two of torch, which share
-each operation, and with two that share the rows (scale/threads.py). Each is a process of its own;
+each operation, and with two that share the rows (scale/small.py). Each is a process of its own;
 they take turns, so that one works at a time, and the others wait without computing. A busy program
 is a Python loop. The machine's limit, products of matrices of 2,048 by two threads, is measured in
-turns with them. No model is prepared as for `scale.train`, and for the long rows of the large one
-fewer of them are a thread's part than scale/threads.py would give it.
+turns with them. No model is prepared as for `scale.train`, and of the long rows of the large one
+fewer are a part than scale/small.py would make of them.
 """
 
 import argparse
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import score
 from model import GPT
 from rollout import make_rows, token_terms
-from scale import threads
+from scale import small
 from tests.bench.bench_rollout import INSTRUCTION, SIZES
 from tests.bench.timing import about, spread, write
 
@@ -44,11 +44,10 @@ def works(mode: str, quick: bool) -> dict:
     base = GPT(policy.config).requires_grad_(False)
     large = score.Run(run.config, None, [], Path(), policy, base, score.adamw(policy))
     if mode == "two share rows":
-        threads.ROWS = 2 if quick else 4  # of the long rows of 10M, too
-        threads.share(run)
-        torch.set_num_threads(2)
-        threads.SMALL = 2**30
-        threads.share(large)
+        small.SMALL = 2**30  # 10M, too
+        for one in (run, large):
+            torch.set_num_threads(2)
+            small.share(one)
     run.optimizer.param_groups[0]["lr"] = 5e-3
     for step in range(2 if quick else 150):  # it learns how long an answer is
         run.rng = np.random.default_rng(step)
@@ -61,9 +60,11 @@ def works(mode: str, quick: bool) -> dict:
     reward_KB = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(1, len(ids) // 2)
 
     def update():
+        small.ROWS, usual = len(ids) // 2, small.ROWS
         terms = token_terms(policy, base, r, 1.0)
         loss_B = score.loss(*terms, r.turn_BS, *score.stage2(reward_KB, run.config))
         score.optimizer_step(large, loss_B.mean())
+        small.ROWS = usual
 
     square = torch.ones(2048, 2048)
     return {
@@ -85,9 +86,10 @@ def serve(mode: str, quick: bool) -> None:
 
 
 def flop() -> dict:
-    """Return the operations in each work's products: two a weight and token forward, four backward;
-    attention is not counted. A row of the toy has 18 tokens that are read; of these a problem's six
-    are read once for its four rows when they are sampled. 10M's head is its embedding."""
+    """Return the operations in each work's products, as if all tokens went through all layers: two
+    a weight and token forward, four backward; attention is not counted. A row of the toy has 18
+    tokens that are read; of these a problem's six are read once for its four rows when they are
+    sampled. 10M's head is its embedding."""
     c = score.Config()
     toy, large = (
         sum(w.numel() for name, w in model.named_parameters() if w.dim() == 2 and name not in rest)

@@ -5,6 +5,7 @@
 
 The same weights and the same work. Greedy tokens must be identical before anything is timed; then
 tokens are drawn at temperature 1. Attempts have a fixed length, so that all take as many steps.
+Of the toy, our threads share the rows, as `python score.py` has them do; all else has torch's.
 "Compiled" is torch.compile, of our blocks and of `generate`'s model: with a dynamic cache for any
 shape, with a static one for each shape; of the toy alone.
 
@@ -28,10 +29,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from model import GPT, Cache, GPTConfig
 from rollout import read, rollout, sample_turn
-from scale import pretrained
+from scale import pretrained, small
 from scale.memory import prepare
+from scale.small import keep_memory
 from tests.bench import speed
-from tests.bench.timing import about, in_kernels, in_turns, keep_memory, write
+from tests.bench.timing import about, in_kernels, in_turns, write
 
 GROUP, INSTRUCTION = 4, [1, 2, 3, 4, 5]  # rows of a problem; ids
 SIZES = {  # sizes of the model; tokens of a problem and of an attempt; batches; rounds
@@ -68,8 +70,24 @@ def episodes(model: GPT, ids_PT, n: int, temperature: float) -> torch.Tensor:
     return torch.cat([torch.tensor(ids) for ids in r.attempts], dim=1)
 
 
-def there(model: GPT, compiled=None):
-    """Return transformers' model of the same weights; compiled: "dynamic" or "static" shapes."""
+def alone(model: GPT):
+    """Share a model's rows among as many threads as torch has; return `partial`, of what is done
+    with one thread of torch then."""
+    threads = torch.get_num_threads()
+    small.share(SimpleNamespace(config=SimpleNamespace(device="cpu"), policy=model, base=model))
+    torch.set_num_threads(threads)
+
+    def done(work, *given):
+        torch.set_num_threads(1)
+        found = work(*given)
+        torch.set_num_threads(threads)
+        return found
+
+    return partial(partial, done)
+
+
+def there(model: GPT, shapes=None):
+    """Return transformers' model of the same weights; compiled for "dynamic" or "static" shapes."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -77,9 +95,9 @@ def there(model: GPT, compiled=None):
     with tempfile.TemporaryDirectory() as place:
         pretrained.save(model, Path(place) / "model")
         other = AutoModelForCausalLM.from_pretrained(Path(place) / "model", dtype=torch.float32)
-    if compiled:
-        shapes = compiled == "dynamic"
-        other.forward = torch.compile(other.forward, dynamic=shapes, recompile_limit=64)
+    if shapes:
+        dynamic = shapes == "dynamic"
+        other.forward = torch.compile(other.forward, dynamic=dynamic, recompile_limit=64)
     return other
 
 
@@ -119,12 +137,13 @@ def measure(size: str, quick: bool) -> dict:
     """Return the seconds of each sampler at each batch, and of episodes."""
     config, T, n, batches, rounds = SIZES[size]
     model, other = prepare(GPT(config)), there(GPT(config))
+    usual = alone(model) if size == "toy" else partial  # as `python score.py` has it
     turns = {
-        "ours": partial(attempt, model), "dynamic": partial(generate, other),
+        "ours": usual(attempt, model), "dynamic": partial(generate, other),
         "static": partial(generate, other, cache_implementation="static"),
     }  # fmt: skip
     both = {
-        "ours": partial(episodes, model), "dynamic": partial(episodes_there, other, keep=False),
+        "ours": usual(episodes, model), "dynamic": partial(episodes_there, other, keep=False),
         "kept": partial(episodes_there, other, keep=True),
     }  # fmt: skip
     if quick:

@@ -33,11 +33,12 @@ from model import GPT
 from ports.tensors import k1_terms
 from ports.trl_port import make_trainer
 from rollout import make_rows, token_terms
-from scale import pretrained, threads
+from scale import pretrained, small
 from scale.memory import prepare
+from scale.small import keep_memory
 from tests.bench import speed
 from tests.bench.bench_rollout import INSTRUCTION, SIZES, attempt
-from tests.bench.timing import about, in_kernels, in_turns, keep_memory, write
+from tests.bench.timing import about, in_kernels, in_turns, write
 
 TOKENS = 128  # of a row of the 10M model
 
@@ -81,7 +82,7 @@ def against_trl(batch: int, rounds: int, quick: bool, compiled: bool = False) ->
             prepare(run.policy, compile=True)
             prepare(run.base, compile=True)
         else:
-            threads.share(run)
+            small.share(run)
             torch.set_num_threads(cores)
         steps = {"ours": (cores if compiled else 1, score.train(run))}
         n = batch // c.group * (rounds + 2)

@@ -4,13 +4,11 @@ Each round runs every one of them once, so that whatever slows the machine slows
 is the median of the rounds with the least and the most.
 """
 
-import ctypes
 import json
 import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,15 +22,6 @@ KERNELS = (
     "aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise", ATTENTION,
     ATTENTION + "_backward",
 )  # fmt: skip
-
-
-def keep_memory() -> None:
-    """Let Linux's C library keep what is freed. Else it goes back to the system and comes again
-    page by page, or does not, as the heap happens to lie: up to a third of the time, on any side.
-    """
-    if sys.platform == "linux":
-        for name, most in ((-1, 2**31 - 1), (-3, 2**25)):  # thresholds of trimming and of mapping
-            ctypes.CDLL(None).mallopt(name, most)
 
 
 def in_turns(works: dict[str, Callable], rounds: int) -> dict[str, list[float]]:

@@ -96,8 +96,7 @@ WRONG = [  # a line of a port, a mistake in it, and the quantity that is to diff
     ("tensors", "k1_BS * (1 + logp_BS - logp_BS.detach())", "k1_BS", "stage1_k1_gradient"),
     ("tensors", ".flip(1).cumsum(1).flip(1)", "", "stage1_k1_grad_norm"),
     ("tensors", ".gather(1, turn_BS)", ".gather(1, turn_BS.roll(1, 1))", "stage1_token_advantage"),
-    ("tensors", "log_probs(model(r.ids_BT[:, :-1]), temperature)",
-     "log_probs(model(r.ids_BT[:, :-1]), 1.0)", "kl_token_k1"),
+    ("tensors", "wanted_BT=mask_BS), temperature)", "wanted_BT=mask_BS), 1.0)", "kl_token_k1"),
 ]  # fmt: skip
 
 

@@ -1,0 +1,156 @@
+"""How does a small model run fast on a CPU? Threads have rows of their own; operations are few.
+
+torch's own threads share every operation, and wait for each other at its end, hundreds of times a
+step. A toy gains little by that, and where another program takes one of the cores now and then, it
+loses much. Here rows are parted, and threads take the parts as they come. They meet after each
+pass, forward or back, and in sampling after each token. The parts and the order in which their
+gradients are added do not depend on the number of threads: nor does any figure, to the last bit.
+
+Each part goes through model.py's network, written out once more in fewer operations. What the first
+layer's queries, keys and values are depends on the token alone: they are computed once for the
+vocabulary. After the last layer's attention only tokens go on whose logits are asked for. A token
+that comes where all rows are of one length needs no mask.
+
+    python score.py --threads 2 --run runs/two-threads
+
+Dimension key: as in model.py; N tokens, of all rows.
+"""
+
+import copy
+import ctypes
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.nn.functional as F
+
+from model import GPT, rotate
+
+ROWS, SMALL = 128, 2**24  # of a part; weights, measured up to here (tests/bench/README.md)
+
+
+@functools.cache
+def pool(n: int) -> ThreadPoolExecutor:
+    """Return n threads, in each of which torch computes alone."""
+    return ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,))
+
+
+os.register_at_fork(after_in_child=pool.cache_clear)  # a child has none of them
+
+
+class Shared(torch.autograd.Function):
+    """Logits [N, V] of parts of the rows, and their gradients, each computed by a thread. What was
+    computed on the way is kept for as long as the logits are."""
+
+    @staticmethod
+    def forward(ctx, model, parts, *weights):
+        ctx.model, ctx.weights = model, weights
+        ctx.logits = model.each(torch.enable_grad()(model.logits), *parts)
+        return torch.cat([x.detach() for x in ctx.logits])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_NV):
+        def back(logits, grad):
+            return torch.autograd.grad(logits, ctx.weights, grad, retain_graph=True)
+
+        grads = grad_NV.split([len(x) for x in ctx.logits])
+        parts = ctx.model.each(back, ctx.logits, grads)
+        return None, None, *map(sum, zip(*parts, strict=True))
+
+
+class SmallGPT(GPT):
+    """A GPT whose rows are parted among threads."""
+
+    threads: int
+
+    def each(self, work, *columns) -> list:
+        """Return what `work` makes of each part."""
+        alone = self.threads == 1 or len(columns[0]) == 1
+        return [*(map if alone else pool(self.threads).map)(work, *columns)]
+
+    def forward(self, ids_BT, cache=None, n_new_B=None, wanted_BT=...):
+        if cache is not None or wanted_BT is ...:
+            return super().forward(ids_BT, cache, n_new_B, wanted_BT)
+        n, weights = max(1, len(ids_BT) // ROWS), [x for x in self.parameters() if x.requires_grad]
+        parts = ids_BT.tensor_split(n), wanted_BT.tensor_split(n)
+        if torch.is_grad_enabled() and weights:
+            return Shared.apply(self, parts, *weights)
+        return torch.cat(self.each(torch.no_grad()(self.logits), *parts))
+
+    def logits(self, ids_BT, wanted_BT):
+        return self.head(self.through(ids_BT, wanted_BT))
+
+    def hidden(self, ids_BT, cache=None, n_new_B=None, wanted_BT=...):
+        if cache is None or torch.is_grad_enabled():
+            return super().hidden(ids_BT, cache, n_new_B, wanted_BT)
+        n = 2 if len(ids_BT) >= 2 * ROWS else 1
+
+        def part(i):
+            def rows(x):  # a view: what is written there is written in the cache
+                return x.tensor_split(n)[i] if torch.is_tensor(x) else x
+
+            own = copy.copy(cache)
+            own.k, own.v = [*map(rows, own.k)], [*map(rows, own.v)]
+            own.length_B = rows(own.length_B)
+            return self.read(rows(ids_BT), own, rows(n_new_B), rows(wanted_BT))
+
+        states = self.each(torch.no_grad()(part), range(n))
+        cache.reach += ids_BT.shape[1]
+        return torch.cat(states)
+
+    def read(self, ids_BT, cache, n_new_B, wanted_BT):
+        """Do what `hidden` does, at a row's begin and at one token in fewer operations."""
+        T, at = ids_BT.shape[1], cache.length_B[0].item()
+        ragged = cache.reach and (T > 1 or (cache.length_B != at).any())
+        if ragged or at + T > cache.k[0].shape[2]:
+            return super().hidden(ids_BT, cache, n_new_B, wanted_BT)
+        cache.length_B += T if n_new_B is None else n_new_B
+        return self.through(ids_BT, wanted_BT, cache, at)
+
+    def through(self, ids_BT, wanted_BT, cache=None, at=0):
+        """Return the final states of the wanted tokens; the first of each row is its `at`-th."""
+        (B, T), c, embed, ids_N = ids_BT.shape, self.config, self.embed.weight, ids_BT.flatten()
+        H, J, now = c.n_head, c.n_kv_head, slice(at, at + T)
+        cos, sin, x_ND = self.cos[now, None], self.sin[now, None], F.embedding(ids_N, embed)
+        for i, block in enumerate(self.blocks):
+            few = i > 0 or len(ids_N) < c.vocab_size
+            qkv = block.attention.qkv(block.norm1(x_ND if few else embed))
+            qkv = qkv if few else F.embedding(ids_N, qkv)
+            qk, v = qkv.view(B, T, H + 2 * J, -1).split([H + J, J], dim=2)
+            q, k = rotate(qk, cos, sin).transpose(1, 2).split([H, J], dim=1)
+            v = v.transpose(1, 2)
+            if cache is not None:
+                cache.k[i][:, :, now], cache.v[i][:, :, now] = k, v
+                k, v = cache.k[i][:, :, : at + T], cache.v[i][:, :, : at + T]
+            y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=H != J)
+            y_ND = y_BHTK.transpose(1, 2).reshape(B * T, -1)
+            if i == c.n_layer - 1 and wanted_BT is not ...:
+                wanted_N = wanted_BT.flatten().nonzero()[:, 0]
+                x_ND, y_ND = x_ND[wanted_N], y_ND[wanted_N]
+            x_ND = torch.addmm(x_ND, y_ND, block.attention.out.weight.t())
+            gate, up = block.mlp.gate_up(block.norm2(x_ND)).chunk(2, dim=-1)
+            x_ND = torch.addmm(x_ND, F.silu(gate) * up, block.mlp.down.weight.t())
+        return self.norm(x_ND if wanted_BT is not ... else x_ND.view(B, T, -1))
+
+
+def keep_memory() -> None:
+    """Let Linux's C library keep what is freed. Else it goes back to the system and comes again
+    page by page, or does not, as the heap happens to lie: up to a third of the time."""
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        for name, most in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)):
+            libc.mallopt(name, most)  # to trim, to pad, to map
+
+
+def share(run) -> None:
+    """Let as many threads as torch has share the rows of a run's models, and let torch have one,
+    here and in each, from now on. Large models, other devices, and steps that are taken in parts
+    have torch's threads as before."""
+    threads, size = torch.get_num_threads(), sum(x.numel() for x in run.policy.parameters())
+    others = run.policy.config.qk_norm or hasattr(run.config, "micro_batch")
+    if run.config.device == "cpu" and size < SMALL and not others:
+        for model in (run.policy, run.base):
+            model.threads, model.__class__ = threads, SmallGPT
+        torch.set_num_threads(1)
+        keep_memory()
