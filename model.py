@@ -12,7 +12,7 @@ never seen and is overwritten by the tokens that come to stand there.
     python -c "import model; print(model.GPT(model.GPTConfig(vocab_size=14)))"
 
 Dimension key: B rows, T tokens in this call, S slots of the cache, V vocabulary, D width,
-H query heads, J key-value heads, K head size, F hidden width of the MLP.
+H query heads, J key-value heads, K head size, F hidden width of the MLP; W wanted tokens.
 """
 
 import copy
@@ -132,7 +132,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD, cos, sin, kept=None):
         """`kept`: this layer's cached k and v [B, J, S, K]; the index of the slots to write to; and
-        the mask [B, 1, T, S], added to the scores, of the slots that a token must not see."""
+        the mask [B, 1, T, slots up to the last of all rows], added to the scores, of those that a
+        token must not see, or None where all rows begin."""
         B, T, _ = x_BTD.shape
         H, J = self.n_head, self.n_kv_head
         q, k, v = self.qkv(x_BTD).view(B, T, H + 2 * J, -1).split([H, J, J], dim=2)
@@ -213,7 +214,7 @@ class GPT(nn.Module):
 
     def forward(self, ids_BT, cache: Cache | None = None, n_new_B=None, wanted_BT=...):
         """Return logits [B, T, V] of the token after each token of ids_BT (int64, right-padded), or
-        [N, V] after the N tokens that the mask wanted_BT chooses.
+        [W, V] after the tokens that the mask wanted_BT chooses, row by row (`...`: all).
 
         Without a cache the rows start at position 0, and padding on the right changes nothing to
         its left. With one, the rows go on where they stand; n_new_B (int64, default T each) says
@@ -222,7 +223,7 @@ class GPT(nn.Module):
         return self.head(self.hidden(ids_BT, cache, n_new_B, wanted_BT))
 
     def hidden(self, ids_BT, cache: Cache | None = None, n_new_B=None, wanted_BT=...):
-        """Return the final normalised states [B, T, D], or [N, D], of which `head` makes logits."""
+        """Return the final normalised states [B, T, D], or [W, D], of which `head` makes logits."""
         (B, T), device = ids_BT.shape, ids_BT.device
         reach = 0 if cache is None else cache.reach
         slots = self.config.max_positions if cache is None else cache.k[0].shape[2]
@@ -237,8 +238,7 @@ class GPT(nn.Module):
             head_J1 = torch.arange(self.config.n_kv_head, device=device)[:, None]
             place = (row_B11, head_J1, position_BT[:, None])
             unseen_BTS = torch.arange(reach + T, device=device) > position_BT[..., None]
-            bias = torch.zeros(unseen_BTS.shape, device=device)
-            bias = bias.masked_fill_(unseen_BTS, -torch.inf)[:, None]
+            bias = torch.where(unseen_BTS, -torch.inf, 0.0)[:, None]
             cos, sin = self.cos[position_BT][:, :, None], self.sin[position_BT][:, :, None]
         x_BTD = self.embed(ids_BT)
         for i, block in enumerate(self.blocks):

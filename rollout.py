@@ -13,7 +13,7 @@ samples depend on its own numbers alone (up to rounding), whichever rows stand b
 
 Dimension key: P prompts; B rows, B / P of each prompt, side by side; K attempts, N tokens of one
 attempt at most; T tokens of a row, S = T - 1 scored positions (position s predicts token s + 1);
-R rows that are still being written; D width of the model, V vocabulary.
+R rows that are still being written; W tokens of all attempts; D width of the model, V vocabulary.
 """
 
 import importlib
@@ -255,16 +255,16 @@ def rollout(model: GPT, task: Task, prompts: list[list[int]], noise_KBN, tempera
 
 
 def token_terms(policy: GPT, base: GPT, r: Rollout, temperature: float):
-    """Return [B, S] log-probability of the tokens that came, and KL(policy || base) of each one's
-    distribution, summed over the vocabulary, with gradient to the policy; 0 of context. Policy and
-    base have the temperature of the samples."""
+    """Return two [B, S]: the log-probability of each token that came, and KL(policy || base) of the
+    distribution that it was drawn from, over the whole vocabulary. Gradient to the policy; 0 of
+    context. Both models have the temperature of the samples."""
     ids_BS, mask_BS = r.ids_BT[:, :-1], r.turn_BS > 0
-    logp_NV = log_probs(policy(ids_BS, wanted_BT=mask_BS), temperature)
+    logp_WV = log_probs(policy(ids_BS, wanted_BT=mask_BS), temperature)
     with torch.no_grad():
-        base_NV = log_probs(base(ids_BS, wanted_BT=mask_BS), temperature)
-    kl_N = (logp_NV.exp() * (logp_NV - base_NV)).sum(dim=-1)
-    logp_N = logp_NV.gather(-1, r.ids_BT[:, 1:][mask_BS][:, None])[:, 0]
-    return [x_N.new_zeros(mask_BS.shape).masked_scatter(mask_BS, x_N) for x_N in (logp_N, kl_N)]
+        base_WV = log_probs(base(ids_BS, wanted_BT=mask_BS), temperature)
+    kl_W = (logp_WV.exp() * (logp_WV - base_WV)).sum(dim=-1)
+    logp_W = logp_WV.gather(-1, r.ids_BT[:, 1:][mask_BS][:, None])[:, 0]
+    return [x_W.new_zeros(mask_BS.shape).masked_scatter(mask_BS, x_W) for x_W in (logp_W, kl_W)]
 
 
 # --- texts and rewards ----------------------------------------------------------------------------
@@ -283,9 +283,9 @@ def truncated(r: Rollout, turn: int, task: Task) -> list[bool]:
 def grade(r: Rollout, problems: list[verify.Problem], task: Task) -> torch.Tensor:
     """Return the reward of each attempt, float32 [K, B]: 0, 1, or nan where there is no verdict
     (the verifier failed, or the gold answer is unreadable): that is never scored as 0."""
-    reward_KB = []
+    judge, reward_KB = cache(verify.judge), []  # the same attempt at a problem is judged once
     for k in range(1, len(r.attempts) + 1):
-        verdicts = map(verify.judge, problems, texts(r, k, task), truncated(r, k, task))
+        verdicts = map(judge, problems, texts(r, k, task), truncated(r, k, task))
         reward_KB.append([torch.nan if v.reward is None else v.reward for v in verdicts])
     return torch.tensor(reward_KB, dtype=torch.float32, device=r.ids_BT.device)
 

@@ -160,8 +160,8 @@ def sft_step(run: "Run") -> dict:
 
 def sft_update(run: "Run", r: Rollout, mask_BS, temperature: float) -> dict:
     """Raise the likelihood of the chosen tokens, each counting the same; return what is logged."""
-    logits_NV = run.policy(r.ids_BT[:, :-1], wanted_BT=mask_BS) / temperature
-    mean = torch.nn.functional.cross_entropy(logits_NV, r.ids_BT[:, 1:][mask_BS])
+    logits_WV = run.policy(r.ids_BT[:, :-1], wanted_BT=mask_BS) / temperature
+    mean = torch.nn.functional.cross_entropy(logits_WV, r.ids_BT[:, 1:][mask_BS])
     return dict(loss=mean.item(), grad_norm=optimizer_step(run, mean))
 
 
@@ -352,7 +352,7 @@ def create(c: Config, folder: Path) -> Path:
 
 def open_run(folder: Path) -> Run:
     """Return the run in a folder as its last checkpoint left it, with as many threads, as rounding
-    depends on them. config.json names the module that its settings are of: this, or another's."""
+    may depend on them. config.json names the module of its settings: this, or another's."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not a run: no {path if folder.exists() else 'such folder'}")
@@ -362,7 +362,7 @@ def open_run(folder: Path) -> Run:
         c = module.Config(**about["config"])
         torch.set_num_threads(about["threads"])
         run = module.new_run(c, folder)
-        if (ROOT / "scale").is_dir():
+        if (ROOT / "scale/small.py").exists():  # the same network, faster
             importlib.import_module("scale.small").share(run)
         if (folder / "checkpoint.pt").exists():
             state = load(folder / "checkpoint.pt")
@@ -386,7 +386,7 @@ def parse(argv: list[str], settings: type):
         allow_abbrev=False, argument_default=argparse.SUPPRESS)  # fmt: skip
     parser.add_argument("--run", type=Path, help="folder to create, by default named in runs/")
     parser.add_argument("--resume", type=Path, help="go on with this run, and no other option")
-    parser.add_argument("--threads", type=int, help="of torch, kept for the run; default: all")
+    parser.add_argument("--threads", type=int, help="how many, kept for the run; default: all")
     parser.add_argument("--no-control", action="store_const", const=0, dest="control")
     for f in fields(settings):
         parser.add_argument(f"--{f.name}".replace("_", "-"), type=f.type, help=argparse.SUPPRESS)

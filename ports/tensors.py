@@ -54,9 +54,9 @@ def k1_terms(policy, base, r, temperature: float):
     mask_BS = r.turn_BS > 0
 
     def of_tokens(model):
-        logp_NV = log_probs(model(r.ids_BT[:, :-1], wanted_BT=mask_BS), temperature)
-        logp_N = logp_NV.gather(-1, r.ids_BT[:, 1:][mask_BS][:, None])[:, 0]
-        return logp_N.new_zeros(mask_BS.shape).masked_scatter(mask_BS, logp_N)
+        logp_WV = log_probs(model(r.ids_BT[:, :-1], wanted_BT=mask_BS), temperature)
+        logp_W = logp_WV.gather(-1, r.ids_BT[:, 1:][mask_BS][:, None])[:, 0]
+        return logp_W.new_zeros(mask_BS.shape).masked_scatter(mask_BS, logp_W)
 
     logp_BS = of_tokens(policy)
     with torch.no_grad():

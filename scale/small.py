@@ -6,19 +6,19 @@ loses much. Here rows are parted, and threads take the parts as they come. They 
 pass, forward or back, and in sampling after each token. The parts and the order in which their
 gradients are added do not depend on the number of threads: nor does any figure, to the last bit.
 
-Each part goes through model.py's network, written out once more in fewer operations. What the first
-layer's queries, keys and values are depends on the token alone: they are computed once for the
-vocabulary. After the last layer's attention only tokens go on whose logits are asked for. A token
-that comes where all rows are of one length needs no mask.
+Each part goes through model.py's network in fewer operations. The first layer's queries, keys and
+values depend on the token alone: they are made for the vocabulary. After the last attention only
+tokens go on whose logits are asked for. A new token in rows of one length needs no mask.
 
     python score.py --threads 2 --run runs/two-threads
 
-Dimension key: as in model.py; N tokens, of all rows.
+Dimension key: as in model.py; N tokens of all rows, W wanted.
 """
 
 import copy
 import ctypes
 import functools
+import gc
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -40,8 +40,7 @@ os.register_at_fork(after_in_child=pool.cache_clear)  # a child has none of them
 
 
 class Shared(torch.autograd.Function):
-    """Logits [N, V] of parts of the rows, and their gradients, each computed by a thread. What was
-    computed on the way is kept for as long as the logits are."""
+    """Logits [W, V] of parts of the rows. What they were computed from is kept as long as they."""
 
     @staticmethod
     def forward(ctx, model, parts, *weights):
@@ -51,11 +50,11 @@ class Shared(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_NV):
+    def backward(ctx, grad_WV):
         def back(logits, grad):
             return torch.autograd.grad(logits, ctx.weights, grad, retain_graph=True)
 
-        grads = grad_NV.split([len(x) for x in ctx.logits])
+        grads = grad_WV.split([len(x) for x in ctx.logits])
         parts = ctx.model.each(back, ctx.logits, grads)
         return None, None, *map(sum, zip(*parts, strict=True))
 
@@ -101,7 +100,7 @@ class SmallGPT(GPT):
         return torch.cat(states)
 
     def read(self, ids_BT, cache, n_new_B, wanted_BT):
-        """Do what `hidden` does, at a row's begin and at one token in fewer operations."""
+        """Do what `hidden` does, in fewer operations at the rows' begin and of one in even rows."""
         T, at = ids_BT.shape[1], cache.length_B[0].item()
         ragged = cache.reach and (T > 1 or (cache.length_B != at).any())
         if ragged or at + T > cache.k[0].shape[2]:
@@ -127,8 +126,8 @@ class SmallGPT(GPT):
             y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=H != J)
             y_ND = y_BHTK.transpose(1, 2).reshape(B * T, -1)
             if i == c.n_layer - 1 and wanted_BT is not ...:
-                wanted_N = wanted_BT.flatten().nonzero()[:, 0]
-                x_ND, y_ND = x_ND[wanted_N], y_ND[wanted_N]
+                wanted_W = wanted_BT.flatten().nonzero()[:, 0]
+                x_ND, y_ND = x_ND[wanted_W], y_ND[wanted_W]
             x_ND = torch.addmm(x_ND, y_ND, block.attention.out.weight.t())
             gate, up = block.mlp.gate_up(block.norm2(x_ND)).chunk(2, dim=-1)
             x_ND = torch.addmm(x_ND, F.silu(gate) * up, block.mlp.down.weight.t())
@@ -136,8 +135,9 @@ class SmallGPT(GPT):
 
 
 def keep_memory() -> None:
-    """Let Linux's C library keep what is freed. Else it goes back to the system and comes again
-    page by page, or does not, as the heap happens to lie: up to a third of the time."""
+    """Let Linux's C library keep what is freed, which else goes back to the system and comes again
+    page by page. What there is now Python no longer looks through for garbage."""
+    gc.freeze()
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for name, most in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)):
             libc.mallopt(name, most)  # to trim, to pad, to map
@@ -145,8 +145,8 @@ def keep_memory() -> None:
 
 def share(run) -> None:
     """Let as many threads as torch has share the rows of a run's models, and let torch have one,
-    here and in each, from now on. Large models, other devices, and steps that are taken in parts
-    have torch's threads as before."""
+    here and in each, from now on. Large models, norms of queries, other devices, and steps that are
+    taken in parts have torch's threads as before."""
     threads, size = torch.get_num_threads(), sum(x.numel() for x in run.policy.parameters())
     others = run.policy.config.qk_norm or hasattr(run.config, "micro_batch")
     if run.config.device == "cpu" and size < SMALL and not others:

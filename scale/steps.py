@@ -128,9 +128,9 @@ def rl_update(run: Run, r: Rollout, reward_KB, paid_and_held) -> dict:
 def came(model: GPT, r: Rollout, temperature: float) -> list[torch.Tensor]:
     """Return the log-probability [B, S] of the tokens that came, alone in a list; 0 of context."""
     mask_BS = r.turn_BS > 0
-    logp_NV = log_probs(model(r.ids_BT[:, :-1], wanted_BT=mask_BS), temperature)
-    logp_N = logp_NV.gather(-1, r.ids_BT[:, 1:][mask_BS][:, None])[:, 0]
-    return [logp_N.new_zeros(mask_BS.shape).masked_scatter(mask_BS, logp_N)]
+    logp_WV = log_probs(model(r.ids_BT[:, :-1], wanted_BT=mask_BS), temperature)
+    logp_W = logp_WV.gather(-1, r.ids_BT[:, 1:][mask_BS][:, None])[:, 0]
+    return [logp_W.new_zeros(mask_BS.shape).masked_scatter(mask_BS, logp_W)]
 
 
 def sft_update(run: Run, r: Rollout, mask_BS, temperature: float) -> dict:

@@ -272,6 +272,20 @@ def test_truncated_attempts_are_not_paid_and_those_without_a_verdict_are_not_a_n
         assert found[:, :3].tolist() == ([[1, 0, 1], [0, 1, 0]] if end else [[0] * 3] * 2)
 
 
+def test_the_same_attempt_at_the_same_problem_is_judged_once():
+    """A program's verdict takes seconds; a cut attempt is another one."""
+    seen = []
+
+    def verifier(answer, gold):
+        seen.append((answer, gold))
+        return verify.Verdict(int(answer == gold), "")
+
+    problems = [verify.Problem("1 1 =2", gold, verifier) for gold in ("+1+1", "+1+1", "+1")]
+    r = said(["+1+1"] * 3, ["+1", "+1+1", "+1"])
+    assert rollout.grade(r, problems, TOY).tolist() == [[1, 1, 0], [0, 1, 1]]
+    assert sorted(seen) == [("+1", "+1"), ("+1", "+1+1"), ("+1+1", "+1"), ("+1+1", "+1+1")]
+
+
 def test_what_is_logged_is_counted_on_the_rows():
     r = said(["+1+1", "+1", "+2", "+4-4"], ["+3", "+2", "+2", "+4-4"])
     r.attempts[0][0] = r.attempts[0][0][:-1]  # cut

@@ -48,8 +48,8 @@ def test_half_of_the_bonus_has_no_expected_gradient(oracle):
 
 MASK, SECOND = "mask_BS = turn_BS == k\n", "advantage(return2_B, c.group)), (c.beta1, c.beta1)"
 PAID2 = "return (advantage(reward1_B, c.group), " + SECOND
-KL = "kl_N = (logp_NV.exp() * (logp_NV - base_NV)).sum(dim=-1)"
-RATIO = "(base_NV - logp_NV).gather(-1, r.ids_BT[:, 1:][mask_BS][:, None])[:, 0]"
+KL = "kl_W = (logp_WV.exp() * (logp_WV - base_WV)).sum(dim=-1)"
+RATIO = "(base_WV - logp_WV).gather(-1, r.ids_BT[:, 1:][mask_BS][:, None])[:, 0]"
 MUTANTS = {
     "bonus leaks into turn 1": [
         ("score.py", PAID2, "return (advantage(return2_B, c.group), " + SECOND)
@@ -106,10 +106,10 @@ MUTANTS = {
          "(cost_BS - zero_BS * credit_BS).sum(dim=1) / mask_BS.sum(dim=1)")
     ],
     "KL argument order": [
-        ("rollout.py", KL, "kl_N = (base_NV.exp() * (base_NV - logp_NV)).sum(dim=-1)")
+        ("rollout.py", KL, "kl_W = (base_WV.exp() * (base_WV - logp_WV)).sum(dim=-1)")
     ],
-    "k1 differentiated as KL": [("rollout.py", KL, f"kl_N = -{RATIO}")],
-    "k3 differentiated as KL": [("rollout.py", KL, f"x = {RATIO}\n    kl_N = x.exp() - 1 - x")],
+    "k1 differentiated as KL": [("rollout.py", KL, f"kl_W = -{RATIO}")],
+    "k3 differentiated as KL": [("rollout.py", KL, f"x = {RATIO}\n    kl_W = x.exp() - 1 - x")],
     "temperature not in the log-probs": [
         ("rollout.py", "(policy(ids_BS, wanted_BT=mask_BS), temperature)",
          "(policy(ids_BS, wanted_BT=mask_BS), 1.0)")

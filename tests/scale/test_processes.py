@@ -132,7 +132,7 @@ def test_the_memory_told_is_that_of_a_real_copy_cache_and_optimizer(tmp_path, mo
 def test_what_does_not_fit_is_refused_before_a_step(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(10**9))  # of a machine that many share
     small = {key: x for key, x in wide.SMALL.items() if key != "iterations"}
-    small |= dict(d_model=256, eval_n=2, sft_steps=1, stage1_steps=1, stage2_steps=1)
+    small |= dict(d_model=1024, eval_n=2, sft_steps=1, stage1_steps=1, stage2_steps=1)
     argv = ["--run", str(tmp_path / "run")]
     argv += [word for key, x in small.items() for word in (f"--{key.replace('_', '-')}", str(x))]
     assert in_two(train.main, argv)[0] == 2
