@@ -238,7 +238,7 @@ def main(argv: list[str]) -> int:
             path.with_suffix(".part").replace(path.with_suffix(kind))
     except (KeyboardInterrupt, ValueError, OSError, RuntimeError, KeyError, ImportError) as error:
         print("eval.py: error:", str(error).partition("\n")[0] or "stopped", file=sys.stderr)
-        return 2
+        return 130 if isinstance(error, KeyboardInterrupt) else 2
     show(r | dict(examples=examples(rows, args.show or 1)))
     return 0
 

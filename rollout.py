@@ -145,13 +145,13 @@ def log_probs(logits_BV, temperature: float) -> torch.Tensor:
 def pad(rows: list[list], device, dtype=np.int64) -> torch.Tensor:
     """Return ragged rows as [B, T], padded on the right with 0."""
     T = max(map(len, rows))
-    return torch.tensor(np.array([(row + [0] * T)[:T] for row in rows], dtype), device=device)
+    return torch.tensor(np.array([([*row] + [0] * T)[:T] for row in rows], dtype), device=device)
 
 
 def read(model: GPT, cache: Cache, rows: list[list[int]]) -> torch.Tensor:
     """Read some ids in each row into the cache; return the model's states [B, D] after the last."""
     n_B = torch.tensor([len(ids) for ids in rows], device=cache.length_B.device)
-    last_BT = torch.arange(1, n_B.max() + 1, device=n_B.device) == n_B[:, None]
+    last_BT = torch.arange(1, max(map(len, rows)) + 1, device=n_B.device) == n_B[:, None]
     return model.hidden(pad(rows, n_B.device), cache, n_B, last_BT)
 
 

@@ -153,7 +153,7 @@ def draw(n: int, split: str, rng: np.random.Generator, M: int):
 def written(x_NM, target_N, *signs_NM) -> list[tuple[str, ...]]:
     """Return each problem's text, and its numbers as the given choices [N, M] sign them."""
     rows = np.c_[x_NM, target_N].tolist()
-    asked = [("%d " * len(row[1:]) + "=%d") % tuple(row) for row in rows]
+    asked = [("%d " * (len(row) - 1) + "=%d") % tuple(row) for row in rows]
     answers = [[("%+d" * len(row)) % tuple(row) for row in (x_NM * s).tolist()] for s in signs_NM]
     return list(zip(asked, *answers, strict=True))
 

@@ -45,11 +45,11 @@ class Float32Norm(nn.RMSNorm):
 
 
 class BFloat16GPT(GPT):
-    def hidden(self, ids_BT, cache=None, *others):
+    def hidden(self, ids_BT, cache=None, *others, **more):
         if cache is not None and cache.reach == 0:
             cache.k, cache.v = ([x.bfloat16() for x in layers] for layers in (cache.k, cache.v))
         with torch.autocast(ids_BT.device.type, torch.bfloat16):
-            return super().hidden(ids_BT, cache, *others)
+            return super().hidden(ids_BT, cache, *others, **more)
 
 
 class RecomputedBlock(Block):

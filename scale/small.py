@@ -3,7 +3,7 @@
 torch's own threads share every operation, and wait for each other at its end, hundreds of times a
 step. A toy gains little by that, and where another program takes one of the cores now and then, it
 loses much. Here rows are parted, and threads take the parts as they come. They meet after each
-pass, forward or back, and in sampling after each token. The parts and the order in which their
+pass, forward or back; in sampling two meet after each token. The parts and the order in which their
 gradients are added do not depend on the number of threads: nor does any figure, to the last bit.
 
 Each part goes through model.py's network in fewer operations. The first layer's queries, keys and
@@ -15,7 +15,6 @@ tokens go on whose logits are asked for. A new token in rows of one length needs
 Dimension key: as in model.py; N tokens of all rows, W wanted.
 """
 
-import copy
 import ctypes
 import functools
 import gc
@@ -70,11 +69,12 @@ class SmallGPT(GPT):
         return [*(map if alone else pool(self.threads).map)(work, *columns)]
 
     def forward(self, ids_BT, cache=None, n_new_B=None, wanted_BT=...):
-        if cache is not None or wanted_BT is ...:
+        whole = cache is not None or wanted_BT is ...
+        if whole or ids_BT.shape[1] > self.config.max_positions:
             return super().forward(ids_BT, cache, n_new_B, wanted_BT)
         n, weights = max(1, len(ids_BT) // ROWS), [x for x in self.parameters() if x.requires_grad]
         parts = ids_BT.tensor_split(n), wanted_BT.tensor_split(n)
-        if torch.is_grad_enabled() and weights:
+        if torch.is_grad_enabled():
             return Shared.apply(self, parts, *weights)
         return torch.cat(self.each(torch.no_grad()(self.logits), *parts))
 
@@ -84,18 +84,14 @@ class SmallGPT(GPT):
     def hidden(self, ids_BT, cache=None, n_new_B=None, wanted_BT=...):
         if cache is None or torch.is_grad_enabled():
             return super().hidden(ids_BT, cache, n_new_B, wanted_BT)
-        n = 2 if len(ids_BT) >= 2 * ROWS else 1
+        B = len(ids_BT)
 
-        def part(i):
-            def rows(x):  # a view: what is written there is written in the cache
-                return x.tensor_split(n)[i] if torch.is_tensor(x) else x
+        def part(rows):  # slices, so that what it writes into its part of the cache is in the cache
+            given = [x[rows] if torch.is_tensor(x) else x for x in (n_new_B, wanted_BT)]
+            return self.read(ids_BT[rows], cache.take(rows), *given)
 
-            own = copy.copy(cache)
-            own.k, own.v = [*map(rows, own.k)], [*map(rows, own.v)]
-            own.length_B = rows(own.length_B)
-            return self.read(rows(ids_BT), own, rows(n_new_B), rows(wanted_BT))
-
-        states = self.each(torch.no_grad()(part), range(n))
+        halves = [slice(B // 2), slice(B // 2, B)] if B >= 2 * ROWS else [slice(B)]
+        states = self.each(torch.no_grad()(part), halves)
         cache.reach += ids_BT.shape[1]
         return torch.cat(states)
 
@@ -103,13 +99,13 @@ class SmallGPT(GPT):
         """Do what `hidden` does, in fewer operations at the rows' begin and of one in even rows."""
         T, at = ids_BT.shape[1], cache.length_B[0].item()
         ragged = cache.reach and (T > 1 or (cache.length_B != at).any())
-        if ragged or at + T > cache.k[0].shape[2]:
+        if ragged or cache.reach + T > cache.k[0].shape[2]:
             return super().hidden(ids_BT, cache, n_new_B, wanted_BT)
         cache.length_B += T if n_new_B is None else n_new_B
         return self.through(ids_BT, wanted_BT, cache, at)
 
     def through(self, ids_BT, wanted_BT, cache=None, at=0):
-        """Return the final states of the wanted tokens; the first of each row is its `at`-th."""
+        """Return the final states of the wanted tokens; the first ones stand at position `at`."""
         (B, T), c, embed, ids_N = ids_BT.shape, self.config, self.embed.weight, ids_BT.flatten()
         H, J, now = c.n_head, c.n_kv_head, slice(at, at + T)
         cos, sin, x_ND = self.cos[now, None], self.sin[now, None], F.embedding(ids_N, embed)
@@ -123,8 +119,12 @@ class SmallGPT(GPT):
             if cache is not None:
                 cache.k[i][:, :, now], cache.v[i][:, :, now] = k, v
                 k, v = cache.k[i][:, :, : at + T], cache.v[i][:, :, : at + T]
-            y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=H != J)
-            y_ND = y_BHTK.transpose(1, 2).reshape(B * T, -1)
+            if cache is None and T < 32 and H == J:  # small heads: sooner done, with their gradient
+                later_TT = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1)
+                y = (q * c.head_size**-0.5 @ k.transpose(2, 3) + later_TT).softmax(-1) @ v
+            else:
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=H != J)
+            y_ND = y.transpose(1, 2).reshape(B * T, -1)
             if i == c.n_layer - 1 and wanted_BT is not ...:
                 wanted_W = wanted_BT.flatten().nonzero()[:, 0]
                 x_ND, y_ND = x_ND[wanted_W], y_ND[wanted_W]
@@ -135,8 +135,7 @@ class SmallGPT(GPT):
 
 
 def keep_memory() -> None:
-    """Let Linux's C library keep what is freed, which else goes back to the system and comes again
-    page by page. What there is now Python no longer looks through for garbage."""
+    """Let Linux's C library keep what is freed, and Python look for garbage in new things alone."""
     gc.freeze()
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for name, most in ((-1, 2**31 - 1), (-2, 2**26), (-3, 2**25)):

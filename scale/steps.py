@@ -139,7 +139,7 @@ def sft_update(run: Run, r: Rollout, mask_BS, temperature: float) -> dict:
     run.optimizer.zero_grad()
     for at in slices(my_rows(len(mask_BS)), c.micro_batch):
         rows = take(r, at)
-        rows.turn_BS = mask_BS[at, : rows.turn_BS.shape[1]].long()
+        rows.turn_BS = mask_BS[at, : rows.turn_BS.shape[1]]
         (logp_BS,) = in_chunks(came, [run.policy], rows, temperature, c.chunk)
         part = -logp_BS.sum() / tokens
         part.backward()

@@ -35,7 +35,6 @@ from ports.trl_port import make_trainer
 from rollout import make_rows, token_terms
 from scale import pretrained, small
 from scale.memory import prepare
-from scale.small import keep_memory
 from tests.bench import speed
 from tests.bench.bench_rollout import INSTRUCTION, SIZES, attempt
 from tests.bench.timing import about, in_kernels, in_turns, write
@@ -149,7 +148,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the toy's size, once, not compiled")
     quick = parser.parse_args(argv).quick
-    keep_memory()
+    small.keep_memory()
     found = about() | dict(
         toy=against_trl(8 if quick else 256, 1 if quick else 15, quick),
         compiled=None if quick else against_trl(256, 15, quick, compiled=True),

@@ -1,6 +1,7 @@
 """A small model written in fewer operations, its rows parted among threads, is the same model."""
 
 import itertools
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -35,10 +36,10 @@ def models(n, **sizes):
 
 
 def rows(B, T):
-    """Return ids [B, T], and a mask of some of them: in one row none, in one all."""
+    """Return ids [B, T], and a mask of some of them: in the first rows none, in the last all."""
     ids = (torch.arange(B * T) * 7 % 11).view(B, T)
     mask = ids % 3 == 0
-    mask[0], mask[-1] = False, True
+    mask[: B // 3], mask[-1] = False, True
     return ids, mask
 
 
@@ -76,12 +77,10 @@ def test_a_part_that_is_frozen_has_no_gradient_and_the_rest_its_own():
 
 def in_pieces(model, ids, last_n, wanted):
     """Return the states of pieces of rows, and the cache: a prompt, in the last row shorter; two
-    tokens, of which the row in the middle then has one less; two at once; and one."""
-    cache, n_B, on_B = (
-        Cache(model, len(ids), 9),
-        *torch.tensor([[3], [1]]).expand(2, len(ids)).clone(),
-    )
-    n_B[-1], on_B[len(ids) // 2], states = last_n, last_n - 2, []
+    tokens, of which a row in the middle then has one less; two at once; and one."""
+    n_B, on_B = torch.tensor([[3], [1]]).expand(2, len(ids)).clone()
+    cache = Cache(model, len(ids), 9)
+    n_B[-1], on_B[len(ids) // 2 - 1], states = last_n, last_n - 2, []
     for start, T, new_B in (0, 3, n_B), (3, 1, None), (4, 1, on_B), (5, 2, None), (7, 1, None):
         last_BT = torch.arange(1, T + 1) == (n_B[:, None] if T == 3 else T)
         mask_BT = last_BT.expand(len(ids), T) if wanted else ...
@@ -107,8 +106,12 @@ def test_in_a_cache_it_is_the_same(sizes, B, last_n, usual, monkeypatch):
             monkeypatch.setattr(small, "ROWS", 2)
             assert len(seen) == usual
             seen.clear()
-        with pytest.raises(ValueError, match="do not fit 9 positions"):
-            shared.hidden(ids[:, :2], ours)
+        shared.hidden(ids[:, :1], ours)
+        for T in (1, 2):
+            with pytest.raises(ValueError, match="tokens do not fit 9 positions"):
+                shared.hidden(ids[:, :T], ours)
+        with pytest.raises(ValueError, match="6 tokens do not fit 5 positions"):
+            shared.hidden(ids[:, :6], Cache(shared, B, 5))
 
 
 def test_parts_are_not_small_and_keep_nothing_for_a_gradient_that_nobody_asks_for(monkeypatch):
@@ -116,7 +119,8 @@ def test_parts_are_not_small_and_keep_nothing_for_a_gradient_that_nobody_asks_fo
     (_, shared), seen, real = models(4), [], small.SmallGPT.logits
 
     def logits(*given):
-        seen.append((len(given[1]), torch.is_grad_enabled()))
+        here = threading.current_thread() is threading.main_thread()
+        seen.append((len(given[1]), torch.is_grad_enabled(), here))
         return real(*given)
 
     monkeypatch.setattr(small.SmallGPT, "logits", logits)
@@ -124,8 +128,10 @@ def test_parts_are_not_small_and_keep_nothing_for_a_gradient_that_nobody_asks_fo
         ids, mask = rows(n, 5)
         with torch.no_grad():
             shared(ids, wanted_BT=mask)
-        assert sorted(seen) == [(x, False) for x in parts]
+        assert sorted(seen) == [(x, False, len(parts) == 1) for x in parts]
         seen.clear()
+    with pytest.raises(ValueError, match="65 tokens do not fit 64 positions"):
+        shared(*[torch.zeros(4, 65, dtype=torch.long)], wanted_BT=torch.ones(4, 65) > 0)
 
 
 def test_every_thread_computes_alone_and_other_models_are_left_as_they_are(monkeypatch):
@@ -137,7 +143,11 @@ def test_every_thread_computes_alone_and_other_models_are_left_as_they_are(monke
     large, normed = GPT(GPTConfig(11)), GPT(GPTConfig(11, qk_norm=True))
     monkeypatch.setattr(small, "SMALL", sum(x.numel() for x in normed.parameters()) + 1)
     cut = replace(score.Config(), n_layer=1)
-    for model, c in ((normed, cut), (large, SimpleNamespace(device="cpu", micro_batch=0))):
+    for model, c in (
+        (normed, cut),
+        (large, SimpleNamespace(device="cpu", micro_batch=0)),
+        (large, SimpleNamespace(device="cuda")),
+    ):
         small.share(SimpleNamespace(config=c, policy=model, base=model))
         assert type(model) is GPT and torch.get_num_threads() == 2
     monkeypatch.setattr(small, "SMALL", 1000)
