@@ -142,7 +142,8 @@ def sampled(case: dict, policy: GPT, base: GPT) -> dict:
 
 def from_probs(case: dict) -> dict:
     """Return the KL of each token of one attempt, whose probabilities are given."""
-    given = [lambda _, p=case[x]: torch.tensor([p]).double().log() for x in ("probs", "ref_probs")]
+    logits = (torch.tensor([case[x]]).double().log() for x in ("probs", "ref_probs"))
+    given = [lambda _, wanted_BT, x=x: x[wanted_BT] for x in logits]
     r = make_rows([[0]], [[case["tokens"]]], [], "cpu")
     return {f"kl_token_{form}": terms(*given, r, 1.0)[1][0] for form, terms in FORMS.items()}
 

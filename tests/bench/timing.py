@@ -64,7 +64,8 @@ def about() -> dict:
     def git(*words):
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
 
-    changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    others = ".", ":!tests/results"  # which what was measured just before has changed
+    changed = "+" if git("status", "--porcelain", "--untracked-files=no", "--", *others) else ""
     return dict(
         commit=git("rev-parse", "--short", "HEAD").strip() + changed, torch=torch.__version__,
         threads=torch.get_num_threads(), machine=f"{platform.system()} {platform.machine()}",
