@@ -110,9 +110,9 @@ class SmallGPT(GPT):
         H, J, now = c.n_head, c.n_kv_head, slice(at, at + T)
         cos, sin, x_ND = self.cos[now, None], self.sin[now, None], F.embedding(ids_N, embed)
         for i, block in enumerate(self.blocks):
-            few = i > 0 or len(ids_N) < c.vocab_size
-            qkv = block.attention.qkv(block.norm1(x_ND if few else embed))
-            qkv = qkv if few else F.embedding(ids_N, qkv)
+            table = i == 0 and len(ids_N) >= c.vocab_size
+            qkv = block.attention.qkv(block.norm1(embed if table else x_ND))
+            qkv = F.embedding(ids_N, qkv) if table else qkv
             qk, v = qkv.view(B, T, H + 2 * J, -1).split([H + J, J], dim=2)
             q, k = rotate(qk, cos, sin).transpose(1, 2).split([H, J], dim=1)
             v = v.transpose(1, 2)

@@ -351,3 +351,12 @@ def test_what_cannot_be_evaluated_is_one_line_and_changes_nothing(
     out, error = capsys.readouterr()
     assert re.match(f"eval.py: error: .*{words}", error) and error.count("\n") == 1 and not out
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_who_stops_it_is_told_so(monkeypatch, capsys, tmp_path):
+    def stop(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "open_run", stop)
+    assert evaluation.main([str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "eval.py: error: stopped\n"
