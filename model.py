@@ -132,8 +132,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD, cos, sin, kept=None):
         """`kept`: this layer's cached k and v [B, J, S, K]; the index of the slots to write to; and
-        the mask [B, 1, T, slots up to the last of all rows], added to the scores, of those that a
-        token must not see, or None where all rows begin."""
+        the mask [B, 1, T, slots in use], added to the scores: -inf where a token must not look;
+        None where all rows begin."""
         B, T, _ = x_BTD.shape
         H, J = self.n_head, self.n_kv_head
         q, k, v = self.qkv(x_BTD).view(B, T, H + 2 * J, -1).split([H, J, J], dim=2)
